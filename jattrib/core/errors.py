@@ -1,0 +1,21 @@
+"""Errors that say what came, what was expected, and the remedy."""
+
+
+class JattribError(Exception):
+    """Base of every error that this package raises on purpose; the command line prints it on one screen."""
+
+    def __init__(self, got: str, *, expected: str, remedy: str):
+        self.got, self.expected, self.remedy = got, expected, remedy
+        super().__init__(f"{got}\n  expected: {expected}\n  remedy:   {remedy}")
+
+
+class InvalidInputError(JattribError, ValueError):
+    """An argument, a config or a data file is not what the function can work with."""
+
+
+class StoreError(JattribError, OSError):
+    """Something on disk is missing, truncated, altered, or belongs to another run."""
+
+
+class DivergedError(JattribError, FloatingPointError):
+    """A computation left the finite numbers: a loss, a solver, a factorisation."""
