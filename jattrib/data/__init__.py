@@ -1,0 +1,9 @@
+"""Data sets as numpy arrays, and the masks that say which examples a model is trained on.
+
+* `vision`: Fashion-MNIST and its embedded excerpt, digits, NPZ
+* `masks`: seeded random subsets and leave-group-out masks
+* `synthetic`: data whose law is known
+* `text`: shards of tokens as a source of sequences
+* `idx`, `safetensors`: two file formats, read with every field checked
+* `excerpt`: the command that makes the embedded excerpt
+"""
