@@ -1,0 +1,7 @@
+"""Models as pure functions, and the scalar outputs that are attributed.
+
+* `model`: `Model`, the pair `(init, apply)` that the rest of the house works with
+* `adapt`: the door for Flax NNX, Flax Linen, Equinox-style pytrees and plain functions
+* `mlp`, `resnet`: the models that come with the house
+* `outputs`: margins, log-odds and losses, from logits
+"""
