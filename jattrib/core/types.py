@@ -24,7 +24,6 @@ Key = jax.Array
 
 
 @runtime_checkable
-@runtime_checkable
 class OutputFn(Protocol):
     """A scalar function of one example, `f(params, example)`: the caller vmaps.
 

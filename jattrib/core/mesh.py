@@ -1,0 +1,124 @@
+"""The one place that names devices: meshes, partition specs, placing and fetching."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jattrib.core.errors import InvalidInputError
+from jattrib.core.types import Batch
+
+DATA = "data"
+"""The axis of a mesh over which rows (examples, models) are spread: its first."""
+
+
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """Return a mesh of one axis over `devices`: all of them, of all processes, unless told otherwise.
+
+    Its axis is `Auto`: the compiler places what no one has placed (`jax.make_mesh` alone would make it `Explicit`).
+    """
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), (DATA,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def row_spec(mesh: Mesh) -> PartitionSpec:
+    """Return the partition of an array whose rows are spread over the mesh's first axis."""
+    return PartitionSpec(mesh.axis_names[0])
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Return the sharding that spreads an array's rows over the mesh's first axis."""
+    return NamedSharding(mesh, row_spec(mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding that gives every device the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def width(mesh: Mesh | None) -> int:
+    """Return over how many devices rows are spread."""
+    return 1 if mesh is None else mesh.shape[mesh.axis_names[0]]
+
+
+def padded_size(count: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is no less than `count`.
+
+    >>> padded_size(10, 8)
+    16
+    """
+    if multiple < 1:
+        raise InvalidInputError(f"multiple = {multiple}", expected="a positive number", remedy="pass 1 or more")
+    return -(-count // multiple) * multiple
+
+
+def local_rows(mesh: Mesh | None, count: int) -> np.ndarray:
+    """Return which of `count` rows, spread over the mesh, this process's devices hold, in ascending order."""
+    if mesh is None or not _spans_processes(mesh):
+        return np.arange(count)
+    held = rows(mesh).addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[index] for index in held if index is not None]))
+
+
+def place_rows(batch: Batch, mesh: Mesh | None, count: int) -> Batch:
+    """Put a batch of `count` rows on the devices, spread over the mesh's first axis.
+
+    Args:
+        batch: this process's rows alone (`local_rows`), in ascending order; with one process, all of them.
+        mesh: where to; None is the default device.
+        count: rows of the whole batch, over all processes.
+    """
+    if mesh is None:
+        return jax.device_put(batch)
+    sharding = rows(mesh)
+    if not _spans_processes(mesh):
+        return jax.device_put(batch, sharding)
+    held = local_rows(mesh, count)
+
+    def put(leaf: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+
+        def shard(index: Any) -> np.ndarray:
+            return leaf[np.searchsorted(held, np.arange(count)[index[0]])]
+
+        return jax.make_array_from_callback((count, *leaf.shape[1:]), sharding, shard)
+
+    return jax.tree.map(put, batch)
+
+
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
+    """Put a pytree on every device of the mesh, or on the default device; every process must hold the same values."""
+    if mesh is None:
+        return jax.device_put(tree)
+    sharding = replicated(mesh)
+    if not _spans_processes(mesh):
+        return jax.device_put(tree, sharding)
+
+    def put(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            words = put(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+        value = fetch(jnp.asarray(leaf))
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return jax.tree.map(put, tree)
+
+
+def fetch(array: Any) -> np.ndarray:
+    """Return the whole of an array on the host, on every process, wherever its parts are.
+
+    Where some parts belong to other processes this is a collective: every process must call it.
+    """
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    if array.is_fully_replicated:
+        return np.asarray(array.addressable_data(0))
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _spans_processes(mesh: Mesh) -> bool:
+    return jax.process_count() > 1 and mesh.is_multi_process

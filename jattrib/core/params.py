@@ -1,0 +1,148 @@
+"""Parameters on disk: orbax for the arrays, a manifest with their digest for the certainty."""
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from jattrib.core import files, tree
+from jattrib.core.errors import StoreError
+
+ARRAYS = "arrays"
+
+
+def save_params(path: Path, params: PyTree, identity: Mapping[str, Any] | None = None) -> None:
+    """Save a pytree of arrays; what was there before stays until the new one is complete.
+
+    In a program of several processes, one of them should call it, with arrays that it holds whole (`mesh.fetch`).
+
+    Raises:
+        InvalidInputError: two leaves have one path.
+        StoreError: the directory cannot be written.
+    """
+    path = Path(path)
+    named = {name: np.asarray(leaf, _dtype(leaf)) for name, leaf in tree.to_names(params).items()}
+    with files.writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        older = _versions(path)
+        data = f"{ARRAYS}-{max(older.values(), default=0) + 1}"
+        stored = {name: leaf for name, leaf in named.items() if leaf.size}
+        if stored:
+            with _orbax() as checkpointer:
+                checkpointer.save((path / data).absolute(), stored)
+        described = {name: [list(leaf.shape), leaf.dtype.name] for name, leaf in named.items()}
+        manifest = {"format": files.FORMAT, "digest": tree.digest(named), "data": data, "arrays": described}
+        files.write_manifest(path / files.MANIFEST, {**manifest, "identity": dict(identity or {})})
+        for each in older:
+            shutil.rmtree(each)
+
+
+def load_params(path: Path, like: PyTree, identity: Mapping[str, Any] | None = None) -> PyTree:
+    """Load a pytree that `save_params` saved, verified.
+
+    Args:
+        path: the directory.
+        like: a pytree of its structure, shapes and dtypes; it may be abstract (`jax.eval_shape`).
+        identity: what it was computed from; None takes any.
+
+    Returns:
+        JAX arrays; NumPy arrays where those of `like` are.
+
+    Raises:
+        StoreError: there is none, its tree is another (the first differing path is named), it was altered, or it
+            belongs to another run.
+    """
+    path = Path(path)
+    if not exists(path):
+        raise StoreError(
+            f"{path} holds no parameters: it has no {files.MANIFEST}",
+            expected="a directory that `save_params` made",
+            remedy="correct the path, or train again",
+        )
+    manifest = files.read_manifest(path / files.MANIFEST)
+    if identity is not None:
+        files.check_identity(path, manifest["identity"], identity)
+    wanted = tree.to_names(like)
+    asked = {name: [list(np.shape(leaf)), _dtype(leaf).name] for name, leaf in wanted.items()}
+    _check_tree(path, manifest["arrays"], asked)
+    named = {name: np.zeros(shape, dtype) for name, (shape, dtype) in asked.items()}
+    try:
+        with _orbax() as checkpointer:
+            import orbax.checkpoint as ocp
+
+            stored = {name: leaf for name, leaf in named.items() if leaf.size}
+            args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored}
+            if stored:
+                named |= checkpointer.restore((path / manifest["data"]).absolute(), item=stored, restore_args=args)
+    except (OSError, ValueError, KeyError) as error:
+        raise files.altered(path / manifest["data"], str(error).splitlines()[0]) from error
+    if tree.digest(named) != manifest["digest"]:
+        raise files.altered(path / manifest["data"], "the parameters do not match their digest")
+    host = {name: isinstance(leaf, np.ndarray | np.generic) for name, leaf in wanted.items()}
+    return tree.from_names(like, {name: leaf if host[name] else jnp.asarray(leaf) for name, leaf in named.items()})
+
+
+def exists(path: Path) -> bool:
+    """Return whether `save_params` saved something here."""
+    return (Path(path) / files.MANIFEST).is_file()
+
+
+def remove(path: Path) -> None:
+    """Remove what `save_params` saved, and the directory if nothing else is in it."""
+    path = Path(path)
+    with files.writing(path):
+        (path / files.MANIFEST).unlink(missing_ok=True)
+        for each in _versions(path):
+            shutil.rmtree(each)
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _versions(path: Path) -> dict[Path, int]:
+    """Return the arrays that were saved here, unfinished ones included, and their numbers."""
+    found = {each: re.fullmatch(rf"{ARRAYS}-(\d+)(\..*)?", each.name) for each in path.glob(f"{ARRAYS}-*")}
+    return {each: int(match[1]) for each, match in found.items() if match}
+
+
+def _dtype(leaf: Any) -> np.dtype:
+    return np.dtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf))
+
+
+def _check_tree(path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    for name in sorted(stored.keys() | asked.keys()):
+        if stored.get(name) != asked.get(name):
+            has, wants = ("{1}{0}".format(*each[name]) if name in each else "nothing" for each in (stored, asked))
+            raise StoreError(
+                f"{path} holds another model: at {name!r} it has {has}, this model has {wants}",
+                expected="parameters of the same paths, shapes and dtypes",
+                remedy="build the model that was saved, or choose another checkpoint",
+            )
+
+
+@contextmanager
+def _orbax() -> Iterator[Any]:
+    """Yield a checkpointer of this process alone, its log silent but for errors."""
+    import orbax.checkpoint as ocp  # half a second that only those who save or load need to wait
+
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+    try:
+        with ocp.Checkpointer(
+            ocp.PyTreeCheckpointHandler(multiprocessing_options=options), multiprocessing_options=options
+        ) as checkpointer:
+            yield checkpointer
+    finally:
+        log.setLevel(level)

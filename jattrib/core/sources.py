@@ -1,0 +1,94 @@
+"""Sources of examples: in memory, a part of another, a random-access sequence."""
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jaxtyping import Integer
+
+from jattrib.core import tree
+from jattrib.core.errors import InvalidInputError
+from jattrib.core.types import Batch, Source
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """A source over arrays in memory that share their leading axis.
+
+    Raises:
+        InvalidInputError: they do not share it.
+    """
+
+    batch: Batch
+
+    def __post_init__(self):
+        object.__setattr__(self, "batch", jax.tree.map(np.asarray, self.batch))
+        lengths = {name: np.shape(leaf)[:1] for name, leaf in tree.to_names(self.batch).items()}
+        if len(set(lengths.values())) != 1 or () in lengths.values():
+            raise InvalidInputError(
+                f"arrays of the lengths {', '.join(f'{name}: {list(each)}' for name, each in lengths.items())}",
+                expected="one array or more, all with one leading axis: the examples",
+                remedy="pass inputs and labels of the same examples",
+            )
+
+    def __len__(self) -> int:
+        return len(jax.tree.leaves(self.batch)[0])
+
+    def take(self, indices: Integer[np.ndarray, " b"]) -> Batch:
+        """Return the examples at `indices`."""
+        return jax.tree.map(lambda leaf: leaf[indices], self.batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some examples of a source, in the order of `indices`.
+
+    Raises:
+        InvalidInputError: an index is out of range.
+    """
+
+    source: Source
+    indices: Integer[np.ndarray, " n"]
+
+    def __post_init__(self):
+        outside = (self.indices < 0) | (self.indices >= len(self.source))
+        if outside.any():
+            raise InvalidInputError(
+                f"the index {self.indices[outside][0]} into {len(self.source)} examples",
+                expected=f"indices from 0 to {len(self.source) - 1}",
+                remedy="pass the numbers of examples; of a mask, `np.flatnonzero(mask)`",
+            )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def take(self, indices: Integer[np.ndarray, " b"]) -> Batch:
+        """Return the examples at `indices` of the subset."""
+        return self.source.take(self.indices[indices])
+
+
+@runtime_checkable
+class RandomAccess(Protocol):
+    """What `grain` sources, lists and map-style datasets have in common."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Return one example: a pytree of arrays."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """A source over a random-access sequence of single examples, a `grain.sources` one, say; it stacks them."""
+
+    items: RandomAccess
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def take(self, indices: Integer[np.ndarray, " b"]) -> Batch:
+        """Return the examples at `indices`, stacked."""
+        examples = [self.items[int(index)] for index in indices]
+        return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *examples)
