@@ -1,0 +1,331 @@
+"""Pictures: small pure functions from arrays to figures, in one style, readable at 600 pixels of width.
+
+Figures are made without `pyplot`, so nothing here touches the user's matplotlib.  Colours are Okabe and Ito's, which
+people with colour vision deficiencies tell apart.
+"""
+
+import base64
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb, to_rgba_array
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from PIL import Image
+
+WIDTH = 6.0
+"""Inches: at 600 pixels on the screen a point of type is 1.4 of them."""
+
+DPI = 200
+INK, MUTED, RULE, PAPER = "#1f2328", "#5b636d", "#d9dde2", "#ffffff"
+BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+SERIES = (BLUE, VERMILION, GREEN, PURPLE)
+DARK = {
+    INK: "#e6e8eb", MUTED: "#a3abb5", RULE: "#343a43", PAPER: "#171a1f",
+    BLUE: "#56b4e9", VERMILION: "#f08a3c", GREEN: "#35c9a0", PURPLE: "#dd9bc0",
+}  # fmt: skip
+"""What each colour becomes on a dark page."""
+
+Theme = Literal["light", "dark"]
+
+_STYLE: Any = {  # matplotlib types its keys one by one
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": PAPER,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.axisbelow": True,
+    "figure.facecolor": PAPER,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+}
+
+
+class Labels(NamedTuple):
+    """What a picture says about itself, units included."""
+
+    x: str
+    y: str
+    title: str = ""
+
+
+class Thumbnail(NamedTuple):
+    """An image and the words under it.
+
+    Attributes:
+        image: pixels, with one channel or three.
+        caption: what it shows: a class, as a rule.
+        detail: what a reader may want to look up: an index, a score.
+    """
+
+    image: UInt8[np.ndarray, "h w c"]
+    caption: str
+    detail: str = ""
+
+
+class Attribution(NamedTuple):
+    """One query with the training images that helped and harmed it most, the strongest first."""
+
+    query: Thumbnail
+    helpful: tuple[Thumbnail, ...]
+    harmful: tuple[Thumbnail, ...]
+
+
+def line_with_band(
+    x: Float[np.ndarray, " points"],
+    mean: Float[np.ndarray, "*series points"],
+    low: Float[np.ndarray, "*series points"],
+    high: Float[np.ndarray, "*series points"],
+    *,
+    labels: Labels,
+    names: Sequence[str] = (),
+    references: Mapping[str, float] | None = None,
+    log_x: bool = False,
+) -> Figure:
+    """Draw one or several lines with their intervals, and dashed reference lines, each with its name beside it."""
+    figure, axes = _figure(labels, height=3.6)
+    for row, (middle, bottom, top) in enumerate(zip(*map(np.atleast_2d, (mean, low, high)), strict=True)):
+        colour = SERIES[row % len(SERIES)]
+        axes.fill_between(x, bottom, top, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x, middle, color=colour, marker="o", markersize=4.5, label=names[row] if names else None)
+    if names:
+        heights = np.concatenate([np.ravel(low), np.ravel(high), list((references or {}).values())])
+        _name_ends(axes, x[-1], np.atleast_2d(mean)[:, -1], names, points=180 / max(np.ptp(heights), 1e-30))
+    if log_x:
+        axes.set_xscale("log")
+    if len(x) <= 8:
+        axes.xaxis.set_major_locator(FixedLocator(x.tolist()))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    for name, value in (references or {}).items():
+        axes.axhline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1)
+        axes.annotate(
+            name, (0, value), (2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=MUTED,
+            fontsize=8.5,
+        )  # fmt: skip
+    axes.margins(y=0.1)
+    return figure
+
+
+def scatter_predicted_actual(
+    predicted: Float[np.ndarray, " n"], actual: Float[np.ndarray, " n"], *, labels: Labels, note: str = ""
+) -> Figure:
+    """Draw actual outputs against predicted ones with their least-squares line; `note` stands in a corner."""
+    figure, axes = _figure(labels, height=4.2)
+    axes.grid(visible=True)
+    axes.scatter(predicted, actual, s=22, color=BLUE, alpha=0.65, linewidth=0)
+    if np.ptp(predicted) > 0:
+        slope, intercept = np.polyfit(predicted, actual, 1)
+        ends = np.array([predicted.min(), predicted.max()])
+        axes.plot(ends, slope * ends + intercept, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
+    if note:
+        axes.text(0.02, 0.98, note, transform=axes.transAxes, va="top", color=INK, fontweight="bold")
+    return figure
+
+
+def histogram(
+    values: Float[np.ndarray, " n"], *, labels: Labels, bins: int = 30, marks: Mapping[str, float] | None = None
+) -> Figure:
+    """Draw how values are spread, and vertical marks with their names."""
+    figure, axes = _figure(labels, height=3.2)
+    axes.hist(values, bins=bins, color=BLUE, alpha=0.8, rwidth=0.92)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.margins(y=0.22)
+    for row, (name, value) in enumerate((marks or {}).items()):
+        axes.axvline(value, color=VERMILION, linewidth=1.4)
+        axes.annotate(
+            name, (value, 1), (4, -4 - 12 * row), xycoords=("data", "axes fraction"), textcoords="offset points",
+            va="top", color=VERMILION, fontsize=8.5,
+        )  # fmt: skip
+    return figure
+
+
+def bar_with_interval(
+    names: Sequence[str],
+    values: Float[np.ndarray, " n"],
+    low: Float[np.ndarray, " n"],
+    high: Float[np.ndarray, " n"],
+    *,
+    labels: Labels,
+) -> Figure:
+    """Draw a horizontal bar a name, with interval and value, the first on top; `labels.x` is the values' axis."""
+    figure, axes = _figure(labels, height=1.3 + 0.42 * len(names))
+    places = np.arange(len(names))
+    axes.grid(visible=False)
+    axes.grid(visible=True, axis="x")
+    axes.barh(places, values, height=0.62, color=[SERIES[0]] + [MUTED] * (len(names) - 1), alpha=0.85)
+    axes.errorbar(values, places, xerr=[values - low, high - values], fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
+    for place, value, bottom, top in zip(places, values, low, high, strict=True):
+        right = value >= 0
+        axes.annotate(
+            f"{value:.3g}".replace("-", "\N{MINUS SIGN}"), (top if right else bottom, place),
+            (6 if right else -6, 0), textcoords="offset points",
+            va="center", ha="left" if right else "right", color=INK, fontsize=8.5,
+        )  # fmt: skip
+    axes.axvline(0, color=MUTED, linewidth=0.8)
+    axes.set_yticks(places, names)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines["left"].set_visible(False)
+    axes.invert_yaxis()
+    axes.margins(x=0.14)
+    return figure
+
+
+def image_strip(thumbnails: Sequence[Thumbnail], *, title: str = "") -> Figure:
+    """Draw images side by side with their captions."""
+    cell = WIDTH / max(len(thumbnails), 6)
+    head = 0.3 if title else 0.05
+    figure = _canvas(head + cell + 0.2, title)
+    for column, thumbnail in enumerate(thumbnails):
+        _show(figure, thumbnail, (column * cell, head, cell), size=7.5)
+    return figure
+
+
+def attribution_grid(attributions: Sequence[Attribution], *, title: str = "") -> Figure:
+    """Draw one row a query: the query, the training images that helped it most, those that harmed it most."""
+    helpful = max(len(row.helpful) for row in attributions)
+    harmful = max(len(row.harmful) for row in attributions)
+    gap = 0.35
+    cell = WIDTH / (1 + helpful + harmful + 2 * gap)
+    starts = {"query": 0.0, "most helpful": cell * (1 + gap), "most harmful": cell * (1 + helpful + 2 * gap)}
+    head = 0.5 if title else 0.25
+    figure = _canvas(head + (cell + 0.2) * len(attributions), title)
+    for (name, left), colour in zip(starts.items(), (INK, BLUE, VERMILION), strict=True):
+        height = figure.get_figheight()
+        x, y = (left + 0.03) / WIDTH, 1 - (head - 0.06) / height
+        figure.text(x, y, name, color=colour, fontsize=8.5, fontweight="bold")
+    for index, row in enumerate(attributions):
+        top = head + (cell + 0.2) * index
+        for left, thumbnails in zip(starts.values(), ((row.query,), row.helpful, row.harmful), strict=True):
+            for column, thumbnail in enumerate(thumbnails):
+                _show(figure, thumbnail, (left + column * cell, top, cell), size=6.0)
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically.
+
+    Raises:
+        StoreError: the directory cannot be written.
+    """
+    from jattrib.core import files
+
+    files.write_atomic(path, _png(figure))
+
+
+def to_data_uri(picture: Figure | UInt8[np.ndarray, "h w c"], *, theme: Theme = "light") -> str:
+    """Return a figure, or an image as it is, as a PNG data URI; a dark figure is a recoloured copy."""
+    if isinstance(picture, Figure):
+        content = _png(picture) if theme == "light" else _dark_png(picture)
+    else:
+        buffer = io.BytesIO()
+        Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, "PNG", optimize=True)
+        content = buffer.getvalue()
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def _figure(labels: Labels, *, height: float) -> tuple[Figure, Axes]:
+    with rc_context(_STYLE):
+        figure = Figure((WIDTH, height), DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        axes.grid(visible=True, axis="y")
+        axes.set(xlabel=labels.x, ylabel=labels.y)
+        axes.tick_params(color=MUTED, labelcolor=MUTED, grid_color=RULE)
+        if labels.title:
+            figure.suptitle(labels.title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    return figure, axes
+
+
+def _canvas(height: float, title: str) -> Figure:
+    """Return a figure without axes, for images that are placed by the inch."""
+    with rc_context(_STYLE):
+        figure = Figure((WIDTH, height), DPI)
+        FigureCanvasAgg(figure)
+        if title:
+            figure.text(0.03 / WIDTH, 1 - 0.2 / height, title, fontsize=10, fontweight="bold")
+    return figure
+
+
+def _show(figure: Figure, thumbnail: Thumbnail, place: tuple[float, float, float], *, size: float) -> None:
+    """Place an image by its left and top edges and its width, in inches from the top left corner; caption below."""
+    left, top, width = place
+    height, inner = figure.get_figheight(), width - 0.06
+    with rc_context(_STYLE):
+        axes = figure.add_axes(((left + 0.03) / WIDTH, 1 - (top + width) / height, inner / WIDTH, inner / height))
+        axes.imshow(thumbnail.image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.axis("off")
+        axes.text(0.5, -0.06, thumbnail.caption, transform=axes.transAxes, ha="center", va="top", fontsize=size)
+
+
+def _name_ends(axes: Axes, x: float, ends: Float[np.ndarray, " n"], names: Sequence[str], *, points: float) -> None:
+    """Write each line's name at its end, lifted where it would lie on the one below; `points` of type a unit of y."""
+    heights = ends * points
+    lifted = np.array(heights)
+    for lower, upper in itertools.pairwise(np.argsort(ends)):
+        lifted[upper] = max(lifted[upper], lifted[lower] + 12)
+    for row, (name, end, lift) in enumerate(zip(names, ends, lifted - heights, strict=True)):
+        colour = SERIES[row % len(SERIES)]
+        axes.annotate(name, (x, end), (8, lift), textcoords="offset points", color=colour, va="center")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with rc_context(_STYLE):
+        figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def _dark_png(figure: Figure) -> bytes:
+    """Draw the figure with every colour of the style exchanged, and put them back."""
+    undo = [change for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for change in _recolour_ticks(axis)]
+    undo += [change for artist in figure.findobj() for change in _recolour(artist)]
+    try:
+        return _png(figure)
+    finally:
+        for put, before in reversed(undo):
+            put(before)
+
+
+def _recolour_ticks(axis: Axis) -> list[tuple[Any, Any]]:
+    """Exchange the colours of an axis' ticks, those included that are only made when it is drawn."""
+    names = ("color", "labelcolor", "grid_color")
+    before: dict[str, Any] = {name: colour for name, colour in axis.get_tick_params().items() if name in names}
+    after: dict[str, Any] = {name: DARK.get(colour, colour) for name, colour in before.items()}
+    axis.set_tick_params(**after)
+    return [(lambda colours: axis.set_tick_params(**colours), before)]
+
+
+def _recolour(artist: Any) -> list[tuple[Any, Any]]:
+    """Exchange an artist's colours, and return the calls that put the old ones back."""
+    undo = []
+    for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+        get, put = getattr(artist, f"get_{name}", None), getattr(artist, f"set_{name}", None)
+        if get is None or put is None:
+            continue
+        before = get()
+        colours = to_rgba_array(before).tolist()
+        after = [(*to_rgb(DARK.get(to_hex(rgba), to_hex(rgba))), rgba[3]) for rgba in colours]
+        if any(to_hex(rgba) in DARK for rgba in colours):
+            put(after if len(after) > 1 else after[0])
+            undo.append((put, before))
+    return undo
