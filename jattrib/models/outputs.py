@@ -90,7 +90,7 @@ class Margin:
     def __call__(self, params: Params, example: Example, /) -> Float[Array, ""]:
         """Return the margin of one example."""
         x, y = example
-        return margin(_logits(self.apply, params, self.state, x), y)
+        return margin(_logits(self.apply, params, self.state, x), jnp.asarray(y))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["apply"])
@@ -104,7 +104,7 @@ class Loss:
     def __call__(self, params: Params, example: Example, /) -> Float[Array, ""]:
         """Return the loss on one example."""
         x, y = example
-        return cross_entropy(_logits(self.apply, params, self.state, x), y)
+        return cross_entropy(_logits(self.apply, params, self.state, x), jnp.asarray(y))
 
 
 def _logits(apply: Apply, params: Params, state: Any, x: Any) -> Float[Array, " c"]:

@@ -1,44 +1,19 @@
 """Two processes of `jax.distributed`, two devices each, have what one process has."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-HERE = Path(__file__).parent
+from tests.distributed import run_two
+
 ROWS, CHUNK = 37, 8
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    paths = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "two_processes.py"), str(port), str(rank), str(directory)],
-            env={**os.environ, **flags, "PYTHONPATH": paths},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    return [dict(np.load(directory / f"rank{rank}.npz")) for rank in (0, 1)]
+    return run_two(Path(__file__).with_name("two_processes.py"), tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
