@@ -1,0 +1,1 @@
+"""Attribution: from features, or masks and outputs, to scores."""
