@@ -67,7 +67,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Path:
-    """Return the file that a command names: a path, or the path of a shipped config, with `configs/` before it or not.
+    """Return the file that a command names: a path, or a shipped config by its path below `configs` or its name alone.
 
     Raises:
         InvalidInputError: there is no such file; the error lists the shipped configs.
@@ -75,10 +75,11 @@ def find(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     shipped = names()
+    by_stem = {Path(known).stem: known for known in shipped}
     wanted = Path(name.removeprefix("configs/")).with_suffix(".toml").as_posix()
+    wanted = by_stem.get(name, wanted)
     if wanted in shipped:
         return root() / wanted
-    by_stem = {Path(known).stem: known for known in shipped}
     match = by_stem.get(configs.close_match(Path(name).stem, list(by_stem)) or "")
     raise InvalidInputError(
         f"no config {name}",
