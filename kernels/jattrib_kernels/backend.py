@@ -1,0 +1,128 @@
+"""What the operations share at their doors: which implementation runs, what may be passed, and what `vmap` does."""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Backend = Literal["auto", "reference", "pallas_tpu", "pallas_gpu", "interpret"]
+
+
+def resolve(backend: Backend) -> Backend:
+    """Return the implementation that `backend` means on the default platform.
+
+    `auto` is the Pallas kernel on a TPU or a CUDA GPU and the reference elsewhere; `interpret` is the TPU kernel run by
+    Pallas' interpreter; any other name is taken at its word.
+
+    Raises:
+        ValueError: `backend` is not a known name.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend {backend!r} is not known; expected one of {', '.join(get_args(Backend))}")
+    if backend != "auto":
+        return backend
+    platform = jax.default_backend()
+    return {"tpu": "pallas_tpu", "gpu": "pallas_gpu", "cuda": "pallas_gpu"}.get(platform, "reference")  # type: ignore[return-value]
+
+
+def refuse(got: str, *, expected: str, remedy: str) -> ValueError:
+    """Return the error of this package: what came, what was expected, and what to do about it."""
+    return ValueError(f"{got}\n  expected: {expected}\n  remedy:   {remedy}")
+
+
+def check_rows(name: str, x: jax.Array) -> None:
+    """Refuse anything but a matrix of floating-point rows."""
+    if jnp.ndim(x) != 2 or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise refuse(
+            f"`{name}` has shape {jnp.shape(x)} and type {jnp.result_type(x)}",
+            expected="a matrix of floating-point rows, one for each example",
+            remedy="reshape to (n, size); cast integers to float32",
+        )
+
+
+def check_key(key: jax.Array) -> None:
+    """Refuse anything but the two words of a Threefry key."""
+    if jnp.shape(key) != (2,) or jnp.result_type(key) != jnp.uint32:
+        raise refuse(
+            f"`key` has shape {jnp.shape(key)} and type {jnp.result_type(key)}",
+            expected="two uint32 words",
+            remedy="pass `jax.random.key_data(jax.random.key(seed))` of a threefry2x32 key",
+        )
+
+
+def check_size(name: str, size: int) -> None:
+    """Refuse an output without columns."""
+    if not isinstance(size, int) or size < 1:
+        raise refuse(f"`{name}` is {size!r}", expected="an integer of at least 1", remedy="ask for at least one column")
+
+
+def offset_word(name: str, offset: jax.Array | int) -> jax.Array:
+    """Return an offset as a uint32 scalar; a Python integer must fit into one.
+
+    Raises:
+        ValueError: the offset is negative, 2**32 or more, or not an integer scalar.
+    """
+    if isinstance(offset, int) and not 0 <= offset < 2**32:
+        raise refuse(f"`{name}` is {offset}", expected="0 <= offset < 2**32", remedy="use a key of its own for the rest")
+    if jnp.ndim(offset) != 0 or not jnp.issubdtype(jnp.result_type(offset), jnp.integer):
+        raise refuse(
+            f"`{name}` has shape {jnp.shape(offset)} and type {jnp.result_type(offset)}",
+            expected="an integer scalar",
+            remedy="pass one offset a call; vmap over several",
+        )
+    return jnp.asarray(offset, jnp.uint32)
+
+
+def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    """Return the type in which sums are kept: float32, or float64 for float64 rows."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def ceil_to(size: int, unit: int) -> int:
+    """Return `size` rounded up to whole units."""
+    return -(-size // unit) * unit
+
+
+def output(shape: tuple[int, ...], dtype: Any, *operands: jax.Array) -> jax.ShapeDtypeStruct:
+    """Return a kernel's output type, which varies over the mesh axes (of `shard_map`) that an operand varies over."""
+    return jax.eval_shape(lambda *xs: sum((x.reshape(-1)[0].astype(dtype) for x in xs), jnp.zeros(shape, dtype)), *operands)
+
+
+def bfloat16_parts(x: jax.Array) -> list[jax.Array]:
+    """Cut float32 numbers into three bfloat16 ones whose sum they are: 24 bits are three times 8.
+
+    A product with ±1 is then three passes of a bfloat16 matrix unit instead of the six of float32 by float32.  Bits
+    are masked, not rounded: XLA may take a rounding to bfloat16 and back for nothing.
+    """
+    parts, rest = [], x.astype(jnp.float32)
+    for _ in range(3):
+        bits = lax.bitcast_convert_type(rest, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        part = lax.bitcast_convert_type(bits, jnp.float32)
+        parts.append(part.astype(jnp.bfloat16))
+        rest = rest - part
+    return parts
+
+
+def rowwise(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Give `f(rows, *seeds)`, which works on each row alone, a batching rule of its own.
+
+    A batch of rows under one seed is a longer matrix; a batch of seeds is a loop, since one projection already fills
+    the machine.
+    """
+    mapped = jax.custom_batching.custom_vmap(f)
+
+    @mapped.def_vmap
+    def rule(axis_size, in_batched, rows, *seeds):
+        if not any(in_batched[1:]):
+            out = mapped(rows.reshape(-1, rows.shape[-1]), *seeds)
+            return out.reshape(axis_size, -1, out.shape[-1]), True
+        args = (rows, *seeds)
+
+        def one(i):
+            return mapped(*(a[i] if batched else a for a, batched in zip(args, in_batched, strict=True)))
+
+        return lax.map(one, jnp.arange(axis_size)), True
+
+    return mapped

@@ -1,0 +1,157 @@
+"""Checks, the choice of an implementation, and the derivative of the dense projection."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jattrib_kernels.backend import (
+    Backend,
+    accumulator,
+    check_key,
+    check_rows,
+    check_size,
+    offset_word,
+    refuse,
+    resolve,
+    rowwise,
+)
+from jattrib_kernels.dense_projection import reference
+from jattrib_kernels.dense_projection.reference import Distribution
+from jattrib_kernels.random import Stream, fold_in
+
+
+def dense_projection(
+    x: jax.Array,
+    key: jax.Array,
+    dim: int,
+    *,
+    block_offset: jax.Array | int = 0,
+    col_offset: jax.Array | int = 0,
+    distribution: Distribution = "rademacher",
+    backend: Backend = "auto",
+) -> jax.Array:
+    """Return `y = x R`, where R has independent entries of mean 0 and variance 1 that are made where they are used.
+
+    `R[row, column]` is a pure function of the key, the row and the column (see `reference`), so the columns of x may be
+    projected apart and the results added: `x R = Σ_s x_s R_s`.  It is not scaled: `E[y yᵀ] = dim · x xᵀ`.
+
+    Args:
+        x: `(n, p)` rows: bfloat16, float16 or float32, summed in float32; float64 by the reference alone.
+        key: uint32 `(2,)`; may be traced, and batched by `vmap`.
+        dim: number of columns of R.
+        block_offset: the row of R that x's first column meets, divided by 64; may be traced.
+        col_offset: the column of R that y's first column is; may be traced.
+        distribution: `rademacher`, signs, the same bits on every backend; `normal`, the same to rounding.
+        backend: `auto`, or an implementation by name, which is then never replaced by another.
+
+    Returns:
+        `(n, dim)` in float32 (float64 for float64 rows).
+
+    Raises:
+        ValueError: x is no matrix of floats, the key not two words, dim below 1, an offset out of range, or a backend,
+            distribution or type unknown.
+    """
+    check_rows("x", x)
+    check_size("dim", dim)
+    seed = _seed(key, block_offset, col_offset, distribution)
+    return _project(dim, x.shape[1], x.dtype, distribution, _checked(backend, x), x, seed)
+
+
+def dense_projection_transpose(
+    y: jax.Array,
+    key: jax.Array,
+    size: int,
+    *,
+    block_offset: jax.Array | int = 0,
+    col_offset: jax.Array | int = 0,
+    distribution: Distribution = "rademacher",
+    backend: Backend = "auto",
+) -> jax.Array:
+    """Return `y Rᵀ`, from `(n, k)` rows back to `(n, size)`, with the same R as `dense_projection`.
+
+    Args:
+        y: `(n, k)` rows.
+        key: uint32 `(2,)`.
+        size: number of rows of R.
+        block_offset: the row of R that the result's first column is, divided by 64.
+        col_offset: the column of R that y's first column meets.
+        distribution: `rademacher` or `normal`.
+        backend: as in `dense_projection`.
+
+    Returns:
+        `(n, size)` in float32 (float64 for float64 rows).
+
+    Raises:
+        ValueError: as `dense_projection`.
+    """
+    check_rows("y", y)
+    check_size("size", size)
+    seed = _seed(key, block_offset, col_offset, distribution)
+    return _transpose(y.shape[1], size, y.dtype, distribution, _checked(backend, y), y, seed)
+
+
+def _seed(key: jax.Array, block_offset: Any, col_offset: Any, distribution: Distribution) -> jax.Array:
+    check_key(key)
+    if distribution not in get_args(Distribution):
+        raise refuse(
+            f"`distribution` is {distribution!r}",
+            expected=f"one of {', '.join(get_args(Distribution))}",
+            remedy="use signs unless a proof asks for normal entries",
+        )
+    stream = Stream.DENSE_SIGNS if distribution == "rademacher" else Stream.DENSE_NORMAL
+    words = fold_in((key[0], key[1]), int(stream))
+    return jnp.stack([*words, offset_word("block_offset", block_offset), offset_word("col_offset", col_offset)])
+
+
+def _checked(backend: Backend, rows: jax.Array) -> Backend:
+    chosen = resolve(backend)
+    if chosen == "reference" or rows.dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return chosen
+    if backend == "auto":
+        return "reference"
+    raise refuse(
+        f"backend {backend!r} was asked to project {rows.dtype} rows",
+        expected="float32, bfloat16 or float16",
+        remedy="cast to float32, or use backend='reference'",
+    )
+
+
+# Both maps are linear in their rows, and each is the other's derivative.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _project(dim, size, dtype, distribution, backend, x, seed):
+    del size, dtype
+    return _implementation(backend, "project", dim=dim, distribution=distribution)(x, seed)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _transpose(dim, size, dtype, distribution, backend, y, seed):
+    del dim, dtype
+    return _implementation(backend, "transpose", size=size, distribution=distribution)(y, seed)
+
+
+def _project_bwd(dim, size, dtype, distribution, backend, seed, cotangent):
+    return _transpose(dim, size, accumulator(dtype), distribution, backend, cotangent, seed).astype(dtype), None
+
+
+def _transpose_bwd(dim, size, dtype, distribution, backend, seed, cotangent):
+    return _project(dim, size, accumulator(dtype), distribution, backend, cotangent, seed).astype(dtype), None
+
+
+_project.defvjp(lambda *args: (_project(*args), args[-1]), _project_bwd)
+_transpose.defvjp(lambda *args: (_transpose(*args), args[-1]), _transpose_bwd)
+
+
+def _implementation(backend: Backend, name: str, **static: Any) -> Callable[..., jax.Array]:
+    """Return an implementation's `project` or `transpose`; kernels are imported where they are asked for."""
+    if backend == "reference":
+        module = reference
+    elif backend == "pallas_gpu":
+        from jattrib_kernels.dense_projection import pallas_gpu as module
+    else:
+        from jattrib_kernels.dense_projection import pallas_tpu as module
+    if backend == "interpret":
+        static["interpret"] = True
+    return rowwise(partial(getattr(module, name), **static))

@@ -1,0 +1,143 @@
+"""The specification of the dense random matrix, and a reference that makes it block by block.
+
+A Python integer `bit` and the words of one hash give 64 rows of a column:
+
+    (w₀, w₁) = threefry(key, (row // 64, column)),   R[row, column] = 1 − 2·bit(row mod 32) of w[(row // 32) mod 2].
+
+The normal matrix takes two rows from a hash by the Box-Muller transform:
+
+    (w₀, w₁) = threefry(key, (row // 2, column)),   u = (w₀ div 2⁸ + ½)/2²⁴,   v = (w₁ div 2⁸)/2²⁴,
+    R[row, column] = √(−2 ln u) · (cos 2πv for even rows, sin 2πv for odd ones).
+
+Signs are the same bits on every backend; normal numbers agree to the rounding of `log`, `cos` and `sin`.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jattrib_kernels.backend import accumulator
+from jattrib_kernels.random import Words, threefry2x32
+
+Distribution = Literal["rademacher", "normal"]
+
+ROWS = 64
+"""Rows of the matrix that one hash serves, and the unit of `block_offset`."""
+
+_TILE = 1 << 20  # entries of R alive at a time: they stay in the last-level cache of a small CPU
+
+
+def sign_words(key: Words, block: jax.Array, col: jax.Array, *, blocks: int, cols: int) -> jax.Array:
+    """Return the bits of the sign matrix from row `64·block` and column `col`: uint32 `(2·blocks, cols)`, 32 rows each."""
+    return jnp.stack(threefry2x32(key, _counters(block, col, blocks, cols)), axis=1).reshape(2 * blocks, cols)
+
+
+def signs(key: Words, block: jax.Array, col: jax.Array, *, blocks: int, cols: int) -> jax.Array:
+    """Return rows `64·block …` and columns `col …` of the sign matrix: `(64·blocks, cols)` in float32."""
+    words = sign_words(key, block, col, blocks=blocks, cols=cols)[:, None, :]
+    shift = jnp.uint32(31) - lax.broadcasted_iota(jnp.uint32, (1, 32, 1), 1)
+    # The bit becomes the sign bit of a float32 one.
+    bits = (jnp.left_shift(words, shift) & jnp.uint32(0x80000000)) | jnp.uint32(0x3F800000)
+    return lax.bitcast_convert_type(bits, jnp.float32).reshape(blocks * ROWS, cols)
+
+
+def normal(key: Words, block: jax.Array, col: jax.Array, *, blocks: int, cols: int) -> jax.Array:
+    """Return rows `64·block …` and columns `col …` of the normal matrix: `(64·blocks, cols)` in float32."""
+    half = ROWS // 2
+    pair = threefry2x32(key, _counters(block * jnp.uint32(half), col, blocks * half, cols))
+    radius, angle = box_muller(pair)
+    return jnp.stack([radius * jnp.cos(angle), radius * jnp.sin(angle)], axis=1).reshape(blocks * ROWS, cols)
+
+
+def box_muller(words: Words) -> tuple[jax.Array, jax.Array]:
+    """Return the radius and the angle whose cosine and sine make two standard normal numbers, in float32."""
+    # Through int32: 24 bits fit, and Mosaic converts no unsigned integers.
+    u, v = (lax.shift_right_logical(w, jnp.full(w.shape, 8, jnp.uint32)).astype(jnp.int32) for w in words)
+    scale = jnp.float32(2.0**-24)
+    radius = jnp.sqrt(jnp.float32(-2.0) * jnp.log((u.astype(jnp.float32) + jnp.float32(0.5)) * scale))
+    return radius, v.astype(jnp.float32) * (jnp.float32(2.0 * math.pi) * scale)
+
+
+def normal_entry(words: Words, row: jax.Array) -> jax.Array:
+    """Return the normal number of one row from its pair's hash: for kernels, which cannot interleave rows cheaply."""
+    radius, angle = box_muller(words)
+    odd = (row & jnp.uint32(1)).astype(jnp.int32).astype(jnp.float32)
+    return radius * jnp.cos(angle - odd * jnp.float32(math.pi / 2))
+
+
+def project(x: jax.Array, seed: jax.Array, *, dim: int, distribution: Distribution) -> jax.Array:
+    """Return `x R`: blocks of R are made one after another and never kept.
+
+    Args:
+        x: `(n, p)` rows.
+        seed: uint32 `(4,)`: the two words of the key, the first block of 64 rows, the first column.
+        dim: columns of R.
+        distribution: of the entries.
+    """
+    n, p = x.shape
+    dtype = accumulator(x.dtype)
+
+    def product(part: jax.Array, block: jax.Array | int, blocks: int) -> jax.Array:
+        r = _matrix(seed, block, blocks, dim, distribution)[: part.shape[1]]
+        return jnp.matmul(part.astype(dtype), r.astype(dtype), precision=lax.Precision.HIGHEST)
+
+    blocks, full = _tiles(p, dim)
+    width = blocks * ROWS
+    rest = p - full * width
+    # A loop that starts from a product, not from zeros, has the same varying axes throughout under `shard_map`.
+    last = -(-rest // ROWS)
+    y = product(x[:, full * width :], full * blocks, last) if rest else None
+    first = 0 if rest else 1
+    y = product(x[:, :width], 0, blocks) if y is None else y
+    if first == full:
+        return y
+
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+        return y + product(lax.dynamic_slice(x, (0, i * width), (n, width)), i * blocks, blocks)
+
+    return lax.fori_loop(first, full, step, y)
+
+
+def transpose(y: jax.Array, seed: jax.Array, *, size: int, distribution: Distribution) -> jax.Array:
+    """Return `y Rᵀ`, `(n, size)`, from `(n, k)` rows."""
+    n, dim = y.shape
+    dtype = accumulator(y.dtype)
+
+    def product(block: jax.Array | int, blocks: int, rows: int) -> jax.Array:
+        r = _matrix(seed, block, blocks, dim, distribution)[:rows]
+        return jnp.matmul(y.astype(dtype), r.astype(dtype).T, precision=lax.Precision.HIGHEST)
+
+    blocks, full = _tiles(size, dim)
+    width = blocks * ROWS
+    rest = size - full * width
+    x = jnp.zeros((n, size), dtype)
+    if full:
+
+        def put(i: jax.Array | int, x: jax.Array) -> jax.Array:
+            return lax.dynamic_update_slice(x, product(i * blocks, blocks, width), (0, i * width))
+
+        x = put(0, x)
+        x = lax.fori_loop(1, full, put, x) if full > 1 else x
+    if rest:
+        x = lax.dynamic_update_slice(x, product(full * blocks, -(-rest // ROWS), rest), (0, full * width))
+    return x
+
+
+def _matrix(seed: jax.Array, block: jax.Array | int, blocks: int, cols: int, distribution: Distribution) -> jax.Array:
+    make = signs if distribution == "rademacher" else normal
+    first = seed[2] + jnp.asarray(block).astype(jnp.uint32)
+    return make((seed[0], seed[1]), first, seed[3], blocks=blocks, cols=cols)
+
+
+def _counters(row: jax.Array, col: jax.Array, rows: int, cols: int) -> Words:
+    shape = (rows, cols)
+    return row + lax.broadcasted_iota(jnp.uint32, shape, 0), col + lax.broadcasted_iota(jnp.uint32, shape, 1)
+
+
+def _tiles(rows: int, cols: int) -> tuple[int, int]:
+    """Return the number of 64-row blocks in a tile, and of whole tiles among `rows`."""
+    blocks = max(1, _TILE // (ROWS * cols))
+    return blocks, rows // (blocks * ROWS)

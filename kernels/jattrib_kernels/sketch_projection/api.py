@@ -1,0 +1,162 @@
+"""Checks, the choice of an implementation, and the derivative of the sketch."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jattrib_kernels.backend import (
+    Backend,
+    accumulator,
+    check_key,
+    check_rows,
+    check_size,
+    offset_word,
+    refuse,
+    resolve,
+    rowwise,
+)
+from jattrib_kernels.random import Stream, fold_in
+from jattrib_kernels.sketch_projection import reference
+
+
+def sketch_projection(
+    x: jax.Array,
+    key: jax.Array,
+    dim: int,
+    *,
+    block_offset: jax.Array | int = 0,
+    copies: int = 1,
+    backend: Backend = "auto",
+) -> jax.Array:
+    """Return `y = Σ_b roll(σ_b ⊙ x_b, r_b)`, the block-rotated sign sketch: one pass over x, no scatter.
+
+    x is cut into blocks of k = dim coordinates; σ has independent signs, r_b is uniform in [0, k) and independent of
+    them.  Write `h(b, j) = (j + r_b) mod k` for the bucket of a coordinate i = (b, j), so y_m = Σ_i [h(i) = m] σ_i x_i.
+
+    *Unbiased.*  `⟨y, y'⟩ = Σ_{i,i'} [h(i) = h(i')] σ_i σ_i' x_i x'_i'`.  The signs are independent of h, so
+    `E[σ_i σ_i'] = [i = i']` leaves `Σ_i x_i x'_i = ⟨x, x'⟩`.
+
+    *Variance.*  The error is `Σ_{i<i'} [h(i) = h(i')] σ_i σ_i' (x_i x'_i' + x_i' x'_i)`.  Products of signs over
+    distinct pairs are uncorrelated whatever h is, so only the squares remain, and
+    `P(h(i) = h(i'))` is 1/k for coordinates of different blocks (`r_b − r_b'` is uniform) and 0 within a block
+    (`j ≠ j'`):
+
+        `Var = (1/k) Σ_{i<i', b≠b'} (x_i x'_i' + x_i' x'_i)²
+             = (1/k) (‖x‖²‖x'‖² + ⟨x, x'⟩² − 2 Σ_i x_i² x'_i² − Σ_b [pairs within block b])`,
+
+    CountSketch's variance less the pairs that cannot collide, hence never above `(‖x‖²‖x'‖² + ⟨x, x'⟩²)/k`.  With s
+    copies `y = Σ_c y_c / √s`; each copy has this variance, and coordinates of different copies meet with probability
+    1/k, whence `Var_s = Var_1/s + (1 − 1/s)(‖x‖²‖x'‖² + ⟨x, x'⟩²)/k` up to the pairs of equal coordinates.
+
+    Args:
+        x: `(n, p)` rows: bfloat16, float16 or float32, summed in float32; float64 by the reference alone.
+        key: uint32 `(2,)`; may be traced, and batched by `vmap`.
+        dim: number of buckets k, and block length.
+        block_offset: number of x's first block, so that a vector may be sketched in parts; may be traced.
+        copies: sketches s that are summed; each coordinate then goes to s buckets.
+        backend: `auto`, or an implementation by name, which is then never replaced by another.
+
+    Returns:
+        `(n, dim)` in float32 (float64 for float64 rows).
+
+    Raises:
+        ValueError: x is no matrix of floats, the key not two words, dim or copies below 1, the offset out of range, or a
+            backend or type unknown.
+    """
+    check_rows("x", x)
+    check_size("dim", dim)
+    check_size("copies", copies)
+    keys, offset = _seeds(key, block_offset)
+    return _project(dim, x.shape[1], x.dtype, copies, _checked(backend, x), x, keys, offset)
+
+
+def sketch_projection_transpose(
+    y: jax.Array,
+    key: jax.Array,
+    size: int,
+    *,
+    block_offset: jax.Array | int = 0,
+    copies: int = 1,
+    backend: Backend = "auto",
+) -> jax.Array:
+    """Return the adjoint of `sketch_projection`: `x̂_b = σ_b ⊙ roll(y, −r_b)`, from `(n, k)` rows back to `(n, size)`.
+
+    Args:
+        y: `(n, k)` rows.
+        key: uint32 `(2,)`.
+        size: number of coordinates.
+        block_offset: number of the result's first block.
+        copies: as in `sketch_projection`.
+        backend: as in `sketch_projection`.
+
+    Returns:
+        `(n, size)` in float32 (float64 for float64 rows).
+
+    Raises:
+        ValueError: as `sketch_projection`.
+    """
+    check_rows("y", y)
+    check_size("size", size)
+    check_size("copies", copies)
+    keys, offset = _seeds(key, block_offset)
+    return _transpose(y.shape[1], size, y.dtype, copies, _checked(backend, y), y, keys, offset)
+
+
+def _seeds(key: jax.Array, block_offset: Any) -> tuple[jax.Array, jax.Array]:
+    check_key(key)
+    streams = jnp.array([Stream.SKETCH_SIGNS, Stream.SKETCH_ROTATIONS], jnp.uint32)
+    return jnp.stack(fold_in((key[0], key[1]), streams), axis=1), offset_word("block_offset", block_offset)
+
+
+def _checked(backend: Backend, rows: jax.Array) -> Backend:
+    chosen = resolve(backend)
+    if chosen == "reference" or rows.dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return chosen
+    if backend == "auto":
+        return "reference"
+    raise refuse(
+        f"backend {backend!r} was asked to sketch {rows.dtype} rows",
+        expected="float32, bfloat16 or float16",
+        remedy="cast to float32, or use backend='reference'",
+    )
+
+
+# Both maps are linear in their rows, and each is the other's derivative.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _project(dim, size, dtype, copies, backend, x, keys, offset):
+    del size, dtype
+    return _implementation(backend, "project", dim=dim, copies=copies)(x, keys, offset)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _transpose(dim, size, dtype, copies, backend, y, keys, offset):
+    del dim, dtype
+    return _implementation(backend, "transpose", size=size, copies=copies)(y, keys, offset)
+
+
+def _project_bwd(dim, size, dtype, copies, backend, seeds, cotangent):
+    return _transpose(dim, size, accumulator(dtype), copies, backend, cotangent, *seeds).astype(dtype), None, None
+
+
+def _transpose_bwd(dim, size, dtype, copies, backend, seeds, cotangent):
+    return _project(dim, size, accumulator(dtype), copies, backend, cotangent, *seeds).astype(dtype), None, None
+
+
+_project.defvjp(lambda *args: (_project(*args), args[-2:]), _project_bwd)
+_transpose.defvjp(lambda *args: (_transpose(*args), args[-2:]), _transpose_bwd)
+
+
+def _implementation(backend: Backend, name: str, **static: Any) -> Callable[..., jax.Array]:
+    """Return an implementation's `project` or `transpose`; kernels are imported where they are asked for."""
+    if backend == "reference":
+        module = reference
+    elif backend == "pallas_gpu":
+        from jattrib_kernels.sketch_projection import pallas_gpu as module
+    else:
+        from jattrib_kernels.sketch_projection import pallas_tpu as module
+    if backend == "interpret":
+        static["interpret"] = True
+    return rowwise(partial(getattr(module, name), **static))

@@ -1,0 +1,208 @@
+"""The sketch on a TPU: tiles of x stream through vector memory once, and each block is rotated in registers.
+
+The grid is (rows, groups of blocks), groups innermost, so a tile of y stays in vector memory.  Signs are hashed anew
+every 64 blocks; rotations, one word a block, come through scalar memory.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jattrib_kernels.backend import ceil_to, output, refuse
+from jattrib_kernels.random import threefry2x32
+from jattrib_kernels.sketch_projection.reference import BLOCKS, copy_keys, rotations, sign
+
+Tile = tuple[int, int]
+"""Rows and blocks of a step."""
+
+_LANES = 128
+_BYTES = 1 << 21  # of a tile in float32
+
+
+def supports(dim: int) -> bool:
+    """Return whether the kernel has this number of buckets: whole vector registers."""
+    return dim % _LANES == 0
+
+
+def project(
+    x: jax.Array,
+    keys: jax.Array,
+    offset: jax.Array,
+    *,
+    dim: int,
+    copies: int,
+    tile: Tile | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Return the sketch of `x`, as `reference.project`.
+
+    Raises:
+        ValueError: dim is not a multiple of 128.
+    """
+    n, p = x.shape
+    _check(dim)
+    rows, group = tile or _tile(n, p, dim)
+    steps = pl.cdiv(p, group * dim)
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(pl.cdiv(n, rows), steps),
+        in_specs=[_rotation_spec(copies, group), pl.BlockSpec((rows, group * dim), lambda i, s, seed: (i, s))],
+        out_specs=pl.BlockSpec((rows, dim), lambda i, s, seed: (i, 0)),
+        scratch_shapes=[pltpu.VMEM((2 * copies, dim), jnp.uint32)],
+    )
+    kernel = functools.partial(_project_kernel, p=p, group=group, copies=copies)
+    seed, turns = _operands(keys, offset, steps, group, dim, copies)
+    y = _call(kernel, spec, output((n, dim), jnp.float32, x, seed), interpret)(seed, turns, x)
+    return y * jnp.float32(1 / math.sqrt(copies))
+
+
+def transpose(
+    y: jax.Array,
+    keys: jax.Array,
+    offset: jax.Array,
+    *,
+    size: int,
+    copies: int,
+    tile: Tile | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Return the adjoint, as `reference.transpose`.
+
+    Raises:
+        ValueError: the number of columns of y is not a multiple of 128.
+    """
+    n, dim = y.shape
+    _check(dim)
+    rows, group = tile or _tile(n, size, dim)
+    steps = pl.cdiv(size, group * dim)
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(pl.cdiv(n, rows), steps),
+        in_specs=[_rotation_spec(copies, group), pl.BlockSpec((rows, dim), lambda i, s, seed: (i, 0))],
+        out_specs=pl.BlockSpec((rows, group * dim), lambda i, s, seed: (i, s)),
+        scratch_shapes=[pltpu.VMEM((2 * copies, dim), jnp.uint32)],
+    )
+    kernel = functools.partial(_transpose_kernel, group=group, copies=copies)
+    seed, turns = _operands(keys, offset, steps, group, dim, copies)
+    y = y.astype(jnp.float32) * jnp.float32(1 / math.sqrt(copies))
+    return _call(kernel, spec, output((n, size), jnp.float32, y, seed), interpret)(seed, turns, y)
+
+
+def _project_kernel(seed, turns, x, y, words, *, p, group, copies):
+    dim = y.shape[1]
+    step = pl.program_id(1)
+
+    @pl.when(step == 0)
+    def _():
+        y[...] = jnp.zeros_like(y)
+
+    def block(g, carry):
+        bit, half = _signs(seed, words, step, g, group, copies)
+        full, rest = divmod(p, dim)
+        local = step * group + g
+        left = jnp.where(local < full, dim, jnp.where(local == full, rest, 0))
+
+        def chunk(rows, carry):
+            part = x[rows, pl.ds(pl.multiple_of(g * dim, _LANES), dim)].astype(jnp.float32)
+            if p % (group * dim):
+                # What a last tile holds beyond the end is undefined.
+                part = jnp.where(lax.broadcasted_iota(jnp.int32, part.shape, 1) < left, part, jnp.zeros_like(part))
+            for copy in range(copies):
+                signed = part * sign(words[pl.ds(2 * copy + half, 1), :], bit)
+                y[rows, :] += pltpu.roll(signed, turns[0, copy, g], 1)
+            return carry
+
+        return _by_rows(chunk, x.shape[0], x.dtype, carry)
+
+    lax.fori_loop(0, group, block, 0)
+
+
+def _transpose_kernel(seed, turns, y, x, words, *, group, copies):
+    dim = y.shape[1]
+    step = pl.program_id(1)
+
+    def block(g, carry):
+        bit, half = _signs(seed, words, step, g, group, copies)
+
+        def chunk(rows, carry):
+            total = jnp.zeros((8, dim), jnp.float32)
+            for copy in range(copies):
+                turn = turns[0, copy, g]
+                back = pltpu.roll(y[rows, :], jnp.where(turn == 0, 0, dim - turn), 1)
+                total += back * sign(words[pl.ds(2 * copy + half, 1), :], bit)
+            x[rows, pl.ds(pl.multiple_of(g * dim, _LANES), dim)] = total
+            return carry
+
+        return _by_rows(chunk, y.shape[0], y.dtype, carry)
+
+    lax.fori_loop(0, group, block, 0)
+
+
+def _signs(seed, words, step, g, group, copies):
+    """Hash the signs of 64 blocks where block g is the first of them; return its bit and which of two words has it."""
+    local = step * group + g
+    number = seed[0] + local.astype(jnp.uint32)
+    inside = (number & jnp.uint32(BLOCKS - 1)).astype(jnp.int32)
+
+    @pl.when((inside == 0) | (local == 0))
+    def _():
+        shape = (1, words.shape[1])
+        unit = jnp.full(shape, number // jnp.uint32(BLOCKS), jnp.uint32)
+        counter = (unit, lax.broadcasted_iota(jnp.uint32, shape, 1))
+        for copy in range(copies):
+            pair = threefry2x32((seed[1 + 2 * copy], seed[2 + 2 * copy]), counter)
+            words[pl.ds(2 * copy, 1), :], words[pl.ds(2 * copy + 1, 1), :] = pair
+
+    return (inside % 32).astype(jnp.uint32), inside // 32
+
+
+def _by_rows(chunk, rows, dtype, carry):
+    """Run `chunk` over a tile in slices of one register's height, so that its values stay in registers."""
+    height = 8 if dtype == jnp.float32 else 16
+    return lax.fori_loop(
+        0, rows // height, lambda i, c: chunk(pl.ds(pl.multiple_of(i * height, height), height), c), carry
+    )
+
+
+def _operands(keys, offset, steps, group, dim, copies):
+    signs = copy_keys(keys[0], copies)
+    turns = rotations(copy_keys(keys[1], copies), offset, blocks=steps * group, dim=dim)
+    seed = jnp.concatenate([offset[None], signs.reshape(-1)])
+    return seed, jnp.swapaxes(turns.reshape(copies, steps, group), 0, 1)
+
+
+def _rotation_spec(copies, group):
+    return pl.BlockSpec((1, copies, group), lambda i, s, seed: (s, 0, 0), memory_space=pltpu.SMEM)
+
+
+def _check(dim):
+    if not supports(dim):
+        raise refuse(
+            f"the TPU kernel was asked for a sketch of {dim} buckets",
+            expected=f"a multiple of {_LANES}",
+            remedy="choose such a dim, or backend='reference'",
+        )
+
+
+def _tile(n, p, dim):
+    rows = min(256, ceil_to(n, 16))
+    while rows > 16 and rows * dim * 4 > _BYTES:
+        rows //= 2
+    rows = ceil_to(rows, 16)
+    return rows, max(1, min(BLOCKS, pl.cdiv(p, dim), _BYTES // (rows * dim * 4)))
+
+
+def _call(kernel, spec, out, interpret):
+    return pl.pallas_call(
+        kernel,
+        grid_spec=spec,
+        out_shape=out,
+        # Signs carry over from one group to the next: the groups of a tile of rows stay in order.
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+    )
