@@ -1,0 +1,1 @@
+"""Curvature: products with it, approximations of it, and systems solved in it."""
