@@ -20,7 +20,8 @@ def projector(dim: int, *, copies: int = 1, backend: Backend = "auto") -> Projec
 
     Args:
         dim: number of features k.
-        copies: independent sketches s, summed and divided by √s: each coordinate goes to s features.
+        copies: independent sketches s, summed and divided by √s: each coordinate goes to s features, which thins the
+            tails of the error but not its variance.
         backend: `auto`, or an implementation of `jattrib_kernels` by name.
 
     Raises:

@@ -125,7 +125,8 @@ def step(
     def advance(carry: Carry, row: Schedule) -> tuple[Carry, Float[Array, ""]]:
         params, state, moments = carry
         (value, state), gradient = jax.value_and_grad(objective, has_aux=True)(params, state, row)
-        updates, moments = optimizer.update(gradient, moments, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises decay rates to the power of an integer count
+            updates, moments = optimizer.update(gradient, moments, params)
         return (optax.apply_updates(params, updates), state, moments), value
 
     return advance

@@ -40,6 +40,7 @@ def check_rows(name: str, x: jax.Array) -> None:
             expected="a matrix of floating-point rows, one for each example",
             remedy="reshape to (n, size); cast integers to float32",
         )
+    check_size(f"the number of columns of `{name}`", jnp.shape(x)[1])
 
 
 def check_key(key: jax.Array) -> None:
@@ -53,9 +54,13 @@ def check_key(key: jax.Array) -> None:
 
 
 def check_size(name: str, size: int) -> None:
-    """Refuse an output without columns."""
-    if not isinstance(size, int) or size < 1:
-        raise refuse(f"`{name}` is {size!r}", expected="an integer of at least 1", remedy="ask for at least one column")
+    """Refuse a size that is no positive integer, or that 32-bit indices do not reach."""
+    if not isinstance(size, int) or not 1 <= size < 2**31:
+        raise refuse(
+            f"`{name}` is {size!r}",
+            expected="an integer with 1 <= size < 2**31",
+            remedy="project more coordinates in parts, each with its `block_offset`",
+        )
 
 
 def offset_word(name: str, offset: jax.Array | int) -> jax.Array:
@@ -65,7 +70,9 @@ def offset_word(name: str, offset: jax.Array | int) -> jax.Array:
         ValueError: the offset is negative, 2**32 or more, or not an integer scalar.
     """
     if isinstance(offset, int) and not 0 <= offset < 2**32:
-        raise refuse(f"`{name}` is {offset}", expected="0 <= offset < 2**32", remedy="use a key of its own for the rest")
+        raise refuse(
+            f"`{name}` is {offset}", expected="0 <= offset < 2**32", remedy="use a key of its own for the rest"
+        )
     if jnp.ndim(offset) != 0 or not jnp.issubdtype(jnp.result_type(offset), jnp.integer):
         raise refuse(
             f"`{name}` has shape {jnp.shape(offset)} and type {jnp.result_type(offset)}",
@@ -75,9 +82,37 @@ def offset_word(name: str, offset: jax.Array | int) -> jax.Array:
     return jnp.asarray(offset, jnp.uint32)
 
 
+def for_rows(backend: Backend, dtype: jnp.dtype) -> Backend:
+    """Return the implementation that projects rows of a type; see `resolve`.
+
+    Raises:
+        ValueError: a kernel was asked for by name and does not have the type.
+    """
+    chosen = resolve(backend)
+    if chosen == "reference" or dtype in (jnp.float32, jnp.bfloat16):
+        return chosen
+    if backend == "auto":
+        return "reference"
+    raise refuse(
+        f"backend {backend!r} was asked to project {dtype} rows",
+        expected="float32 or bfloat16",
+        remedy="cast to float32, or use backend='reference'",
+    )
+
+
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
     """Return the type in which sums are kept: float32, or float64 for float64 rows."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def in_32_bits(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Trace a kernel with 32-bit indices, whatever the user's default: the hardware has no others."""
+
+    def traced(*args: jax.Array) -> jax.Array:
+        with jax.enable_x64(False):
+            return f(*args)
+
+    return traced
 
 
 def ceil_to(size: int, unit: int) -> int:
@@ -87,7 +122,9 @@ def ceil_to(size: int, unit: int) -> int:
 
 def output(shape: tuple[int, ...], dtype: Any, *operands: jax.Array) -> jax.ShapeDtypeStruct:
     """Return a kernel's output type, which varies over the mesh axes (of `shard_map`) that an operand varies over."""
-    return jax.eval_shape(lambda *xs: sum((x.reshape(-1)[0].astype(dtype) for x in xs), jnp.zeros(shape, dtype)), *operands)
+    return jax.eval_shape(
+        lambda *xs: sum((x.reshape(-1)[0].astype(dtype) for x in xs), jnp.zeros(shape, dtype)), *operands
+    )
 
 
 def bfloat16_parts(x: jax.Array) -> list[jax.Array]:

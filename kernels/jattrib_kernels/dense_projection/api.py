@@ -13,9 +13,10 @@ from jattrib_kernels.backend import (
     check_key,
     check_rows,
     check_size,
+    for_rows,
+    in_32_bits,
     offset_word,
     refuse,
-    resolve,
     rowwise,
 )
 from jattrib_kernels.dense_projection import reference
@@ -39,7 +40,7 @@ def dense_projection(
     projected apart and the results added: `x R = Σ_s x_s R_s`.  It is not scaled: `E[y yᵀ] = dim · x xᵀ`.
 
     Args:
-        x: `(n, p)` rows: bfloat16, float16 or float32, summed in float32; float64 by the reference alone.
+        x: `(n, p)` rows: bfloat16 or float32, summed in float32; other types by the reference alone.
         key: uint32 `(2,)`; may be traced, and batched by `vmap`.
         dim: number of columns of R.
         block_offset: the row of R that x's first column meets, divided by 64; may be traced.
@@ -57,7 +58,7 @@ def dense_projection(
     check_rows("x", x)
     check_size("dim", dim)
     seed = _seed(key, block_offset, col_offset, distribution)
-    return _project(dim, x.shape[1], x.dtype, distribution, _checked(backend, x), x, seed)
+    return _project(dim, x.shape[1], x.dtype, distribution, for_rows(backend, x.dtype), x, seed)
 
 
 def dense_projection_transpose(
@@ -90,7 +91,7 @@ def dense_projection_transpose(
     check_rows("y", y)
     check_size("size", size)
     seed = _seed(key, block_offset, col_offset, distribution)
-    return _transpose(y.shape[1], size, y.dtype, distribution, _checked(backend, y), y, seed)
+    return _transpose(y.shape[1], size, y.dtype, distribution, for_rows(backend, y.dtype), y, seed)
 
 
 def _seed(key: jax.Array, block_offset: Any, col_offset: Any, distribution: Distribution) -> jax.Array:
@@ -104,19 +105,6 @@ def _seed(key: jax.Array, block_offset: Any, col_offset: Any, distribution: Dist
     stream = Stream.DENSE_SIGNS if distribution == "rademacher" else Stream.DENSE_NORMAL
     words = fold_in((key[0], key[1]), int(stream))
     return jnp.stack([*words, offset_word("block_offset", block_offset), offset_word("col_offset", col_offset)])
-
-
-def _checked(backend: Backend, rows: jax.Array) -> Backend:
-    chosen = resolve(backend)
-    if chosen == "reference" or rows.dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return chosen
-    if backend == "auto":
-        return "reference"
-    raise refuse(
-        f"backend {backend!r} was asked to project {rows.dtype} rows",
-        expected="float32, bfloat16 or float16",
-        remedy="cast to float32, or use backend='reference'",
-    )
 
 
 # Both maps are linear in their rows, and each is the other's derivative.
@@ -147,11 +135,11 @@ _transpose.defvjp(lambda *args: (_transpose(*args), args[-1]), _transpose_bwd)
 def _implementation(backend: Backend, name: str, **static: Any) -> Callable[..., jax.Array]:
     """Return an implementation's `project` or `transpose`; kernels are imported where they are asked for."""
     if backend == "reference":
-        module = reference
-    elif backend == "pallas_gpu":
+        return rowwise(partial(getattr(reference, name), **static))
+    if backend == "pallas_gpu":
         from jattrib_kernels.dense_projection import pallas_gpu as module
     else:
         from jattrib_kernels.dense_projection import pallas_tpu as module
     if backend == "interpret":
         static["interpret"] = True
-    return rowwise(partial(getattr(module, name), **static))
+    return rowwise(in_32_bits(partial(getattr(module, name), **static)))

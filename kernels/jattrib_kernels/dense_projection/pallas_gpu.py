@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jattrib_kernels.backend import bfloat16_parts, ceil_to, output
-from jattrib_kernels.dense_projection.reference import ROWS, Distribution, normal_entry, sign_words
+from jattrib_kernels.dense_projection.reference import ROWS, Distribution, box_muller, sign_words
 from jattrib_kernels.random import threefry2x32
 
 Tile = tuple[int, int, int]
@@ -51,6 +51,7 @@ def project(
         out_shape=output((splits, n, dim), jnp.float32, x, seed),
         compiler_params=_params(x.dtype, distribution),
         interpret=interpret,
+        name="dense_projection",
     )
 
     def part(i: jax.Array | int) -> jax.Array:
@@ -84,6 +85,7 @@ def transpose(
         input_output_aliases={3: 0},  # every stretch fills its own columns
         compiler_params=_params(y.dtype, distribution),
         interpret=interpret,
+        name="dense_projection_transpose",
     )
 
     def part(i: jax.Array | int, x: jax.Array) -> jax.Array:
@@ -165,7 +167,7 @@ def _normal(seed, at, col, *, axis):
     row = (at.start + lax.broadcasted_iota(jnp.int32, shape, axis)).astype(jnp.uint32)
     column = seed[3] + (col.start + lax.broadcasted_iota(jnp.int32, shape, 1 - axis)).astype(jnp.uint32)
     pair = seed[2] * jnp.uint32(ROWS // 2) + lax.shift_right_logical(row, jnp.full(shape, 1, jnp.uint32))
-    return normal_entry(threefry2x32((seed[0], seed[1]), (pair, column)), row)
+    return box_muller(threefry2x32((seed[0], seed[1]), (pair, column)), (row & jnp.uint32(1)).astype(jnp.int32))
 
 
 def _product(rows, r, total):

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jattrib_kernels.backend import bfloat16_parts, ceil_to, output
-from jattrib_kernels.dense_projection.reference import ROWS, Distribution, normal_entry
+from jattrib_kernels.dense_projection.reference import ROWS, Distribution, box_muller
 from jattrib_kernels.random import threefry2x32
 
 Tile = tuple[int, int, int]
@@ -43,7 +43,7 @@ def project(
         scratch_shapes=[_scratch(coordinates, columns, distribution)],
     )
     kernel = functools.partial(_project_kernel, p=p, distribution=distribution)
-    return _call(kernel, spec, output((n, dim), jnp.float32, x, seed), interpret)(seed, x)
+    return _call(kernel, spec, output((n, dim), jnp.float32, x, seed), "dense_projection", interpret)(seed, x)
 
 
 def transpose(
@@ -66,7 +66,9 @@ def transpose(
         scratch_shapes=[_scratch(coordinates, columns, distribution)],
     )
     kernel = functools.partial(_transpose_kernel, dim=dim, distribution=distribution)
-    return _call(kernel, spec, output((n, size), jnp.float32, y, seed), interpret)(seed, y)
+    return _call(kernel, spec, output((n, size), jnp.float32, y, seed), "dense_projection_transpose", interpret)(
+        seed, y
+    )
 
 
 def _project_kernel(seed, x, y, r, *, p, distribution):
@@ -123,7 +125,8 @@ def _fill_normal(seed, r, block, column):
     def fill(i, carry):
         pair = (first + i.astype(jnp.uint32)) * jnp.uint32(ROWS // 2)
         pair = pair + lax.shift_right_logical(row, jnp.full(shape, 1, jnp.uint32))
-        r[pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS), :] = normal_entry(threefry2x32((seed[0], seed[1]), (pair, col)), row)
+        words = threefry2x32((seed[0], seed[1]), (pair, col))
+        r[pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS), :] = box_muller(words, (row & jnp.uint32(1)).astype(jnp.int32))
         return carry
 
     lax.fori_loop(0, r.shape[0] // ROWS, fill, 0)
@@ -159,11 +162,12 @@ def _fitted(tile, rows, coordinates, columns):
     return min(tile[0], ceil_to(rows, 16)), min(tile[1], ceil_to(coordinates, 128)), min(tile[2], ceil_to(columns, 128))
 
 
-def _call(kernel, spec, out, interpret):
+def _call(kernel, spec, out, name, interpret):
     return pl.pallas_call(
         kernel,
         grid_spec=spec,
         out_shape=out,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
+        name=name,
     )

@@ -47,25 +47,20 @@ def signs(key: Words, block: jax.Array, col: jax.Array, *, blocks: int, cols: in
 def normal(key: Words, block: jax.Array, col: jax.Array, *, blocks: int, cols: int) -> jax.Array:
     """Return rows `64·block …` and columns `col …` of the normal matrix: `(64·blocks, cols)` in float32."""
     half = ROWS // 2
-    pair = threefry2x32(key, _counters(block * jnp.uint32(half), col, blocks * half, cols))
-    radius, angle = box_muller(pair)
-    return jnp.stack([radius * jnp.cos(angle), radius * jnp.sin(angle)], axis=1).reshape(blocks * ROWS, cols)
+    words = threefry2x32(key, _counters(block * jnp.uint32(half), col, blocks * half, cols))
+    odd = jnp.ones((blocks * half, cols), jnp.int32)
+    return jnp.stack([box_muller(words, 0 * odd), box_muller(words, odd)], axis=1).reshape(blocks * ROWS, cols)
 
 
-def box_muller(words: Words) -> tuple[jax.Array, jax.Array]:
-    """Return the radius and the angle whose cosine and sine make two standard normal numbers, in float32."""
+def box_muller(words: Words, odd: jax.Array) -> jax.Array:
+    """Return the normal number of an even row or, where `odd` is 1, of the odd row after it, from the hash of both."""
     # Through int32: 24 bits fit, and Mosaic converts no unsigned integers.
     u, v = (lax.shift_right_logical(w, jnp.full(w.shape, 8, jnp.uint32)).astype(jnp.int32) for w in words)
     scale = jnp.float32(2.0**-24)
     radius = jnp.sqrt(jnp.float32(-2.0) * jnp.log((u.astype(jnp.float32) + jnp.float32(0.5)) * scale))
-    return radius, v.astype(jnp.float32) * (jnp.float32(2.0 * math.pi) * scale)
-
-
-def normal_entry(words: Words, row: jax.Array) -> jax.Array:
-    """Return the normal number of one row from its pair's hash: for kernels, which cannot interleave rows cheaply."""
-    radius, angle = box_muller(words)
-    odd = (row & jnp.uint32(1)).astype(jnp.int32).astype(jnp.float32)
-    return radius * jnp.cos(angle - odd * jnp.float32(math.pi / 2))
+    # A sine is the cosine a quarter of a turn before; turns are exact as integers, within half a turn of 0.
+    turn = ((v - odd * 2**22 + 2**23) & (2**24 - 1)) - 2**23
+    return radius * jnp.cos(turn.astype(jnp.float32) * (jnp.float32(2.0 * math.pi) * scale))
 
 
 def project(x: jax.Array, seed: jax.Array, *, dim: int, distribution: Distribution) -> jax.Array:

@@ -160,8 +160,12 @@ def choose(backend: Backend, dtype: jnp.dtype) -> Backend:
 
 
 def kernels_of(backend: Backend, k: int) -> blocked.Kernels:
-    """Return the kernels of a resolved backend for a matrix of k rows."""
+    """Return the kernels of a resolved backend for a matrix of k rows, or refuse one that is too large."""
     if backend == "pallas_gpu":
+        if k > pallas_gpu.LARGEST:
+            raise refuse(
+                f"a matrix of {k} rows on one GPU", expected=f"at most {pallas_gpu.LARGEST}", remedy="use `sharded`"
+            )
         return pallas_gpu.kernels()
     return pallas_tpu.kernels(pallas_tpu.block_for(k), interpret=backend == "interpret")
 

@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from jattrib_kernels.kernel_inverse.blocked import Kernels
 
 BLOCK = 128
+LARGEST = 46208  # rows of a square matrix whose entries are counted in 31 bits, in whole blocks
 _BASE = 32  # columns eliminated one by one, in registers
 _TILE = 64  # rows and columns of one program
 _DEPTH = 32  # of the contraction, at a time

@@ -7,7 +7,7 @@ exact in float32, and the slices themselves are exact in bfloat16.  Products wit
 error near 2⁻⁴⁰ of the largest terms, and their sum is compensated.
 
 Source: Ozaki et al. 2012, "Error-free transformations of matrix multiplication by using fast routines of matrix
-multiplication", section 3; Knuth 1969, "The art of computer programming", vol. 2, 4.2.2, theorem B (`two_sum`).
+multiplication", section 3.
 """
 
 from collections.abc import Callable
@@ -16,19 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jattrib_kernels.gram.sums import two_sum
 from jattrib_kernels.kernel_inverse.place import Place
 
 _SLICES = 5
 _BITS = 8
 _CHUNK = 128  # level i + j = l sums (l + 1) * 128 terms
 _ROWS = 512  # rows of A that are sliced at once: it bounds the temporaries
-
-
-def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return `(s, e)` with `s = fl(a + b)` and `s + e = a + b` exactly."""
-    s = a + b
-    t = s - a
-    return s, (a - (s - t)) + (b - t)
 
 
 def refine(

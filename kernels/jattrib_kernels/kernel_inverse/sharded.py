@@ -53,7 +53,7 @@ def kernel_inverse(
     chosen, k = api.choose(backend, matrix.dtype), matrix.shape[0]
     place = Place(names, math.prod(mesh.shape[name] for name in names))
     block = min(128, -(-k // place.size))
-    kernels = reference.kernels(block) if chosen == "reference" else api.kernels_of(chosen, k)
+    kernels = reference.kernels(block) if chosen == "reference" else api.kernels_of(chosen, -(-k // place.size))
     columns = api.as_columns(targets)
     grown = -k % (place.size * kernels.block)
     by_row, whole = PartitionSpec(names), PartitionSpec()

@@ -13,9 +13,9 @@ from jattrib_kernels.backend import (
     check_key,
     check_rows,
     check_size,
+    for_rows,
+    in_32_bits,
     offset_word,
-    refuse,
-    resolve,
     rowwise,
 )
 from jattrib_kernels.random import Stream, fold_in
@@ -47,12 +47,17 @@ def sketch_projection(
         `Var = (1/k) Σ_{i<i', b≠b'} (x_i x'_i' + x_i' x'_i)²
              = (1/k) (‖x‖²‖x'‖² + ⟨x, x'⟩² − 2 Σ_i x_i² x'_i² − Σ_b [pairs within block b])`,
 
-    CountSketch's variance less the pairs that cannot collide, hence never above `(‖x‖²‖x'‖² + ⟨x, x'⟩²)/k`.  With s
-    copies `y = Σ_c y_c / √s`; each copy has this variance, and coordinates of different copies meet with probability
-    1/k, whence `Var_s = Var_1/s + (1 − 1/s)(‖x‖²‖x'‖² + ⟨x, x'⟩²)/k` up to the pairs of equal coordinates.
+    CountSketch's variance less the pairs that cannot collide, hence never above `(‖x‖²‖x'‖² + ⟨x, x'⟩²)/k`.
+
+    *Copies.*  `y = Σ_c y_c / √s` is a sketch of the s-fold vector x/√s whose pairs from different copies always
+    collide with probability 1/k, so `Var_s = Var/s + (1 − 1/s)(‖x‖²‖x'‖² + ⟨x, x'⟩²)/k`.  More copies do not lower the
+    variance; they thin the tails, since no single collision of two large coordinates counts in full.
+
+    Source: Charikar, Chen and Farach-Colton 2002 (CountSketch); Kane and Nelson 2014, section 3 (s > 1).  Signs and
+    rotations by blocks replace their hash of every coordinate.
 
     Args:
-        x: `(n, p)` rows: bfloat16, float16 or float32, summed in float32; float64 by the reference alone.
+        x: `(n, p)` rows: bfloat16 or float32, summed in float32; other types by the reference alone.
         key: uint32 `(2,)`; may be traced, and batched by `vmap`.
         dim: number of buckets k, and block length.
         block_offset: number of x's first block, so that a vector may be sketched in parts; may be traced.
@@ -70,7 +75,7 @@ def sketch_projection(
     check_size("dim", dim)
     check_size("copies", copies)
     keys, offset = _seeds(key, block_offset)
-    return _project(dim, x.shape[1], x.dtype, copies, _checked(backend, x), x, keys, offset)
+    return _project(dim, x.shape[1], x.dtype, copies, _chosen(backend, x.dtype, dim), x, keys, offset)
 
 
 def sketch_projection_transpose(
@@ -102,7 +107,7 @@ def sketch_projection_transpose(
     check_size("size", size)
     check_size("copies", copies)
     keys, offset = _seeds(key, block_offset)
-    return _transpose(y.shape[1], size, y.dtype, copies, _checked(backend, y), y, keys, offset)
+    return _transpose(y.shape[1], size, y.dtype, copies, _chosen(backend, y.dtype, y.shape[1]), y, keys, offset)
 
 
 def _seeds(key: jax.Array, block_offset: Any) -> tuple[jax.Array, jax.Array]:
@@ -111,17 +116,10 @@ def _seeds(key: jax.Array, block_offset: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.stack(fold_in((key[0], key[1]), streams), axis=1), offset_word("block_offset", block_offset)
 
 
-def _checked(backend: Backend, rows: jax.Array) -> Backend:
-    chosen = resolve(backend)
-    if chosen == "reference" or rows.dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return chosen
-    if backend == "auto":
-        return "reference"
-    raise refuse(
-        f"backend {backend!r} was asked to sketch {rows.dtype} rows",
-        expected="float32, bfloat16 or float16",
-        remedy="cast to float32, or use backend='reference'",
-    )
+def _chosen(backend: Backend, dtype: jnp.dtype, dim: int) -> Backend:
+    chosen = for_rows(backend, dtype)
+    # The TPU kernel rotates whole registers of 128 lanes; it refuses another dim that it is given by name.
+    return "reference" if backend == "auto" and chosen == "pallas_tpu" and dim % 128 else chosen
 
 
 # Both maps are linear in their rows, and each is the other's derivative.
@@ -152,11 +150,11 @@ _transpose.defvjp(lambda *args: (_transpose(*args), args[-2:]), _transpose_bwd)
 def _implementation(backend: Backend, name: str, **static: Any) -> Callable[..., jax.Array]:
     """Return an implementation's `project` or `transpose`; kernels are imported where they are asked for."""
     if backend == "reference":
-        module = reference
-    elif backend == "pallas_gpu":
+        return rowwise(partial(getattr(reference, name), **static))
+    if backend == "pallas_gpu":
         from jattrib_kernels.sketch_projection import pallas_gpu as module
     else:
         from jattrib_kernels.sketch_projection import pallas_tpu as module
     if backend == "interpret":
         static["interpret"] = True
-    return rowwise(partial(getattr(module, name), **static))
+    return rowwise(in_32_bits(partial(getattr(module, name), **static)))

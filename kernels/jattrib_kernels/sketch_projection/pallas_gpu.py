@@ -50,6 +50,7 @@ def project(
         out_shape=output((splits, n, dim), jnp.float32, x, keys, offset),
         compiler_params=plgpu.CompilerParams(num_warps=4),
         interpret=interpret,
+        name="sketch_projection",
     )
 
     def part(i: jax.Array | int) -> jax.Array:
@@ -83,6 +84,7 @@ def transpose(
         input_output_aliases={4: 0},  # every stretch fills its own columns
         compiler_params=plgpu.CompilerParams(num_warps=4),
         interpret=interpret,
+        name="sketch_projection_transpose",
     )
     y = y.astype(jnp.float32) * jnp.float32(1 / math.sqrt(copies))
 

@@ -57,7 +57,7 @@ def project(
     )
     kernel = functools.partial(_project_kernel, p=p, group=group, copies=copies)
     seed, turns = _operands(keys, offset, steps, group, dim, copies)
-    y = _call(kernel, spec, output((n, dim), jnp.float32, x, seed), interpret)(seed, turns, x)
+    y = _call(kernel, spec, output((n, dim), jnp.float32, x, seed), "sketch_projection", interpret)(seed, turns, x)
     return y * jnp.float32(1 / math.sqrt(copies))
 
 
@@ -90,7 +90,9 @@ def transpose(
     kernel = functools.partial(_transpose_kernel, group=group, copies=copies)
     seed, turns = _operands(keys, offset, steps, group, dim, copies)
     y = y.astype(jnp.float32) * jnp.float32(1 / math.sqrt(copies))
-    return _call(kernel, spec, output((n, size), jnp.float32, y, seed), interpret)(seed, turns, y)
+    return _call(kernel, spec, output((n, size), jnp.float32, y, seed), "sketch_projection_transpose", interpret)(
+        seed, turns, y
+    )
 
 
 def _project_kernel(seed, turns, x, y, words, *, p, group, copies):
@@ -197,7 +199,7 @@ def _tile(n, p, dim):
     return rows, max(1, min(BLOCKS, pl.cdiv(p, dim), _BYTES // (rows * dim * 4)))
 
 
-def _call(kernel, spec, out, interpret):
+def _call(kernel, spec, out, name, interpret):
     return pl.pallas_call(
         kernel,
         grid_spec=spec,
@@ -205,4 +207,5 @@ def _call(kernel, spec, out, interpret):
         # Signs carry over from one group to the next: the groups of a tile of rows stay in order.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
+        name=name,
     )

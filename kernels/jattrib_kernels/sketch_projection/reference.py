@@ -74,9 +74,10 @@ def project(x: jax.Array, keys: jax.Array, offset: jax.Array, *, dim: int, copie
     def add(part: jax.Array, i: jax.Array | int, y: jax.Array) -> jax.Array:
         sigma, turn = signs(i), turns(i)
         for copy in range(copies):
-            window = lax.dynamic_slice(y, (0, turn[copy]), part.shape)
+            at = (jnp.int32(0), turn[copy])
+            window = lax.dynamic_slice(y, at, part.shape)
             window = window + part.astype(dtype) * sigma[copy][None, :].astype(dtype)
-            y = lax.dynamic_update_slice(y, window, (0, turn[copy]))
+            y = lax.dynamic_update_slice(y, window, at)
         return y
 
     def tile(start: jax.Array | int) -> jax.Array:
@@ -100,7 +101,9 @@ def project(x: jax.Array, keys: jax.Array, offset: jax.Array, *, dim: int, copie
     whole = -(-n // rows) * rows
     tiles = lax.map(lambda i: tile(jnp.minimum(i * rows, n - rows)), jnp.arange(whole // rows))
     # The last tile starts early enough to be full, and repeats rows of the one before.
-    return jnp.concatenate([tiles[:-1].reshape(-1, dim), tiles[-1, whole - n :]]) if whole > n else tiles.reshape(n, dim)
+    return (
+        jnp.concatenate([tiles[:-1].reshape(-1, dim), tiles[-1, whole - n :]]) if whole > n else tiles.reshape(n, dim)
+    )
 
 
 def transpose(y: jax.Array, keys: jax.Array, offset: jax.Array, *, size: int, copies: int) -> jax.Array:
@@ -115,7 +118,7 @@ def transpose(y: jax.Array, keys: jax.Array, offset: jax.Array, *, size: int, co
     def put(i: jax.Array | int, x: jax.Array) -> jax.Array:
         sigma, turn = signs(i), turns(i)
         parts = [
-            lax.dynamic_slice(twice, (0, turn[copy]), (n, dim)) * sigma[copy][None, :].astype(dtype)
+            lax.dynamic_slice(twice, (jnp.int32(0), turn[copy]), (n, dim)) * sigma[copy][None, :].astype(dtype)
             for copy in range(copies)
         ]
         return lax.dynamic_update_slice(x, sum(parts[1:], start=parts[0]), (0, i * dim))

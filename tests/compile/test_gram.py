@@ -1,0 +1,64 @@
+"""The Gram matrix compiles for TPUs, alone and spread over 256 chips in every way, and for an H200."""
+
+from functools import partial
+
+import pytest
+
+from jattrib_kernels.gram import cases, gram, sharded
+from tests.compile import topology
+from tests.compile.topology import Program
+
+OWN = ("gram",)
+SPREADS = {"n": (256, 1), "k": (1, 256), "n-and-k": (16, 16)}
+
+
+def alone(case, backend, mesh):
+    rows = topology.spec(mesh, (case.n, case.k), case.dtype)
+    return partial(gram, compensated=case.compensated, backend=backend), [rows]
+
+
+def spread(case, mesh):
+    rows = topology.spec(mesh, (case.n, case.k), case.dtype, "rows", "columns")
+    function = partial(sharded.gram, mesh=mesh, rows="rows", columns="columns")
+    return partial(function, compensated=case.compensated, backend="pallas_tpu"), [rows]
+
+
+def pod_shape(chip, shape):
+    """Twice the rows where a chip has two devices."""
+    return (shape[0] * 2, shape[1]) if chip == "v7x" else shape
+
+
+PROGRAMS = [
+    *(
+        Program("gram", str(case), chip, False, partial(alone, case, "pallas_tpu"), OWN)
+        for case in cases.COMPILED
+        for chip in topology.TPUS
+    ),
+    *(
+        Program(
+            "gram", f"{case}-{way}", chip, True, partial(spread, case), OWN, ("rows", "columns"), pod_shape(chip, shape)
+        )
+        for case in cases.POD
+        for chip in topology.TPUS
+        for way, shape in SPREADS.items()
+    ),
+    *(Program("gram", str(case), "h200", False, partial(alone, case, "pallas_gpu"), OWN) for case in cases.COMPILED),
+]
+QUICK = [program for program in PROGRAMS if program.chip in ("v5e", "h200") and "k1024" in program.case]
+QUICK += [program for program in PROGRAMS if program.chip == "v5e" and "-n-and-k" in program.case]
+PARAMETERS = [
+    pytest.param(program, id=str(program), marks=() if program in QUICK else pytest.mark.slow) for program in PROGRAMS
+]
+
+
+@pytest.mark.parametrize("program", PARAMETERS)
+def test_it_compiles_and_fits(program, tmp_path):
+    row, text = topology.measure(program, tmp_path)
+    topology.check(program, row, text)
+    k = int(program.case.split("-")[1][1:])
+    parts = 2 if "compensated" in program.case else 1
+    columns = program.shape[1] if program.pod else 1
+    assert row["outputs_bytes"] < 1.01 * parts * 4 * k * k / columns + 2**16
+    if program.pod:
+        assert ("all-reduce" in text) == (program.shape[0] > 1)  # sums over rows
+        assert ("all-gather" in text) == (columns > 1)

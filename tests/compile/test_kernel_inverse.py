@@ -1,0 +1,60 @@
+"""The kernel inverse compiles for TPUs, alone and spread over 256 chips, and for an H200, and fits their memory."""
+
+from functools import partial
+
+import jax.numpy as jnp
+import pytest
+
+from jattrib_kernels.kernel_inverse import cases, kernel_inverse, sharded
+from tests.compile import topology
+from tests.compile.topology import Program
+
+OWN = ("cholesky_update", "cholesky_diagonal", "cholesky_panel")
+
+
+def alone(case, backend, mesh):
+    arguments = [topology.spec(mesh, shape, jnp.float32) for shape in ((case.k, case.k), (case.k, case.columns))]
+    return partial(kernel_inverse, damping=1.0, backend=backend), arguments
+
+
+def spread(case, mesh):
+    shapes = ((case.k, case.k), (case.k, case.columns))
+    arguments = [topology.spec(mesh, shape, jnp.float32, "chips") for shape in shapes]
+    return partial(sharded.kernel_inverse, mesh=mesh, axis="chips", damping=1.0, backend="pallas_tpu"), arguments
+
+
+PROGRAMS = [
+    *(
+        Program("kernel_inverse", str(case), chip, False, partial(alone, case, "pallas_tpu"), OWN)
+        for case in cases.COMPILED
+        for chip in topology.TPUS
+    ),
+    *(
+        Program("kernel_inverse", str(case), chip, True, partial(spread, case), OWN)
+        for case in cases.POD
+        for chip in topology.TPUS
+    ),
+    *(
+        Program("kernel_inverse", str(case), "h200", False, partial(alone, case, "pallas_gpu"), OWN)
+        for case in cases.COMPILED
+    ),
+]
+QUICK = ("v5e-k1024-", "v5e-pod-k32768-", "h200-k4096-")
+PARAMETERS = [
+    pytest.param(program, id=str(program), marks=() if str(program).startswith(QUICK) else pytest.mark.slow)
+    for program in PROGRAMS
+]
+
+
+@pytest.mark.parametrize("program", PARAMETERS)
+def test_it_compiles_and_fits(program, tmp_path):
+    row, text = topology.measure(program, tmp_path)
+    topology.check(program, row, text)
+    k = int(program.case.split("-")[0][1:])
+    matrix = 4 * k * k
+    if program.pod:
+        # K, the factor and their rearrangement are spread; a block row of the factor, sent to all, is not.
+        assert row["temporaries_bytes"] < 6 * matrix / row["devices"] + 2**30
+        assert "all-reduce" in text
+    else:
+        assert row["temporaries_bytes"] < 1.1 * matrix + 2**28  # the factor, and no second copy of the matrix
