@@ -1,7 +1,7 @@
 """How the leaves of a pytree share one random matrix: each starts at a row of its own, and nothing is concatenated.
 
-Leaf l holds the coordinates `[start_l, start_l + size_l)` of a virtual vector, `start_l` the sum of the sizes before it,
-each rounded up to whole blocks of the matrix.  Leaves come in the order of `jax.tree.leaves`.
+Leaf l holds the coordinates `[start_l, start_l + size_l)` of a virtual vector; `start_l` is the sum of the sizes before
+it, each rounded up to whole blocks of the matrix.  Leaves come in the order of `jax.tree.leaves`.
 """
 
 import math
@@ -87,7 +87,7 @@ def check_params(params: Params, dim: int) -> None:
     """Refuse parameters that cannot be projected to `dim` features.
 
     Raises:
-        InvalidInputError: there is no floating leaf, a leaf is of another type, or dim exceeds the number of parameters.
+        InvalidInputError: there is no leaf, a leaf is not floating, or dim exceeds the number of parameters.
     """
     leaves = jax.tree.leaves(params)
     others = sorted({str(jnp.result_type(x)) for x in leaves if not jnp.issubdtype(jnp.result_type(x), jnp.floating)})

@@ -7,6 +7,7 @@
 * `random`: the counter-based generator that makes every random matrix here
 * `backend`: which implementation runs
 
-In each folder `reference` is the specification in plain `jax.numpy`, `pallas_tpu` and `pallas_gpu` are the kernels, `api`
-checks the arguments and chooses between them, and `cases` lists the shapes that tests, compilation and benchmarks share.
+In each folder `reference` is the specification in plain `jax.numpy`, `pallas_tpu` and `pallas_gpu` are the kernels,
+`api` checks the arguments and chooses between them, and `cases` lists the shapes that tests, compilation and benchmarks
+share.
 """

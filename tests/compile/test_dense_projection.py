@@ -5,11 +5,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from jattrib_kernels.dense_projection import cases, dense_projection, dense_projection_transpose
-from jattrib_kernels.dense_projection.reference import ROWS
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jattrib_kernels.dense_projection import cases, dense_projection, dense_projection_transpose
+from jattrib_kernels.dense_projection.reference import ROWS
 from tests.compile import topology
 from tests.compile.topology import Program
 

@@ -5,10 +5,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from jattrib_kernels.sketch_projection import cases, sketch_projection, sketch_projection_transpose
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jattrib_kernels.sketch_projection import cases, sketch_projection, sketch_projection_transpose
 from tests.compile import topology
 from tests.compile.topology import Program
 

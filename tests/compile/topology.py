@@ -87,19 +87,42 @@ def spec(mesh: Mesh, shape: Sequence[int], dtype: Any, *axes: Any) -> jax.ShapeD
     return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
 
-def compile_for(mesh: Mesh, function: Callable[..., Any], *args: jax.ShapeDtypeStruct, dump: Path | None = None) -> Any:
-    """Compile `function` for the mesh's devices and return the executable; `dump` is a folder for the GPU's PTX."""
+def lower_for(mesh: Mesh, function: Callable[..., Any], *args: jax.ShapeDtypeStruct) -> Any:
+    """Lower `function` for the mesh's devices."""
     platform = "cuda" if "NVIDIA" in mesh.devices.flat[0].device_kind else "tpu"
-    options = {"xla_dump_to": str(dump)} if dump is not None else None
     # The lowering asks the current mesh, not the arguments, which chip it is for.
     with jax.set_mesh(mesh):
-        return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).compile(compiler_options=options)
+        return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,))
+
+
+def compile_for(mesh: Mesh, function: Callable[..., Any], *args: jax.ShapeDtypeStruct, dump: Path | None = None) -> Any:
+    """Compile `function` for the mesh's devices and return the executable; `dump` is a folder for the GPU's PTX."""
+    return _compile(lower_for(mesh, function, *args), dump)
+
+
+def _compile(lowered: Any, dump: Path | None) -> Any:
+    return lowered.compile(compiler_options={"xla_dump_to": str(dump)} if dump is not None else None)
+
+
+def _text(lowered: Any, compiled: Any) -> str:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # some asynchronous copies of libtpu's are more than jaxlib 0.10 can read
+        return lowered.as_text(dialect="hlo", debug_info=True)
 
 
 def memory(compiled: Any) -> Memory:
     """Return the bytes that each device holds."""
     found = compiled.memory_analysis()
     return Memory(found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
+
+
+def text_of(compiled: Any) -> str:
+    """Return the compiled program to be searched for names, as text if possible, else its bytes as characters."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # libtpu's asynchronous collectives are newer than jaxlib's printer
+        return compiled.runtime_executable().serialize().decode("latin-1")
 
 
 def kernels(dump: Path) -> list[Kernel]:
@@ -157,12 +180,13 @@ def measure(program: Program, folder: Path) -> tuple[dict[str, Any], str]:
     on_gpu = program.chip == "h200"
     mesh = gpu(program.axes) if on_gpu else tpu(program.chip, pod=program.pod, axes=program.axes, shape=program.shape)
     function, arguments = program.build(mesh)
-    compiled = compile_for(mesh, function, *arguments, dump=folder if on_gpu else None)
+    lowered = lower_for(mesh, function, *arguments)
+    compiled = _compile(lowered, folder if on_gpu else None)
     row = {"op": program.op, "case": program.case, "chip": program.chip, "devices": mesh.size}
     row |= {f"{name}_bytes": size for name, size in memory(compiled)._asdict().items()}
     if on_gpu:
         row["kernels"] = [kernel._asdict() for kernel in kernels(folder) if kernel.name in program.own]
-    return row, compiled.as_text()
+    return row, _text(lowered, compiled)
 
 
 def check(program: Program, row: dict[str, Any], text: str) -> None:

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jattrib_kernels.dense_projection import cases, dense_projection, dense_projection_transpose, pallas_gpu, pallas_tpu
-from jattrib_kernels.random import Stream, fold_in
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jattrib_kernels.dense_projection import cases, dense_projection, dense_projection_transpose, pallas_gpu, pallas_tpu
+from jattrib_kernels.random import Stream, fold_in
 from tests.kernels import matrices
 
 KEY = np.array([0x9E3779B9, 42], np.uint32)

@@ -65,7 +65,7 @@ def test_the_gpu_kernel_makes_the_lower_half(case):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_of_a_gram_matrix(backend):
     x = features(cases.Case(600, 300))
-    made = product(x[:, 40:100], x, backend=backend)
+    (made,) = product(x[:, 40:100], x, backend=backend)
     exact = exact_gram(x)
     assert (np.abs(made - exact[40:100]) / scale(exact)[40:100]).max() < 8 * EPS
 

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jattrib_kernels.random import Stream, fold_in, threefry2x32
 
+from jattrib_kernels.random import Stream, fold_in, threefry2x32
 from tests.kernels import matrices
 
 # Random123's known-answer file, threefry2x32 with 20 rounds.

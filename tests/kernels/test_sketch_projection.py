@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
 from jattrib_kernels.random import Stream, fold_in
 from jattrib_kernels.sketch_projection import (
     cases,
@@ -12,9 +15,6 @@ from jattrib_kernels.sketch_projection import (
     sketch_projection,
     sketch_projection_transpose,
 )
-from jax import lax
-from jax.sharding import PartitionSpec as P
-
 from tests.kernels import matrices
 
 KEY = np.array([0x9E3779B9, 42], np.uint32)

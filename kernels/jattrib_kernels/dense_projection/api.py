@@ -121,11 +121,11 @@ def _transpose(dim, size, dtype, distribution, backend, y, seed):
 
 
 def _project_bwd(dim, size, dtype, distribution, backend, seed, cotangent):
-    return _transpose(dim, size, accumulator(dtype), distribution, backend, cotangent, seed).astype(dtype), None
+    return jnp.asarray(_transpose(dim, size, accumulator(dtype), distribution, backend, cotangent, seed), dtype), None
 
 
 def _transpose_bwd(dim, size, dtype, distribution, backend, seed, cotangent):
-    return _project(dim, size, accumulator(dtype), distribution, backend, cotangent, seed).astype(dtype), None
+    return jnp.asarray(_project(dim, size, accumulator(dtype), distribution, backend, cotangent, seed), dtype), None
 
 
 _project.defvjp(lambda *args: (_project(*args), args[-1]), _project_bwd)

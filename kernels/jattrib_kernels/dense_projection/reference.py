@@ -31,7 +31,7 @@ _TILE = 1 << 20  # entries of R alive at a time: they stay in the last-level cac
 
 
 def sign_words(key: Words, block: jax.Array, col: jax.Array, *, blocks: int, cols: int) -> jax.Array:
-    """Return the bits of the sign matrix from row `64·block` and column `col`: uint32 `(2·blocks, cols)`, 32 rows each."""
+    """Return the bits of rows `64·block …` and columns `col …`: uint32 `(2·blocks, cols)`, 32 rows in each."""
     return jnp.stack(threefry2x32(key, _counters(block, col, blocks, cols)), axis=1).reshape(2 * blocks, cols)
 
 

@@ -38,7 +38,9 @@ def gram(
     Raises:
         ValueError: x is no matrix of floats, `accumulator` does not fit it, or the backend is not known.
     """
-    return product(x, x, accumulator=accumulator, compensated=compensated, backend=backend)
+    compensated = compensated or accumulator is not None
+    made = product(x, x, accumulator=accumulator, compensated=compensated, backend=backend)
+    return Sum(*made) if compensated else made[0]
 
 
 def product(
@@ -48,8 +50,8 @@ def product(
     accumulator: Sum | None = None,
     compensated: bool = False,
     backend: Backend = "auto",
-) -> jax.Array | Sum:
-    """Return `leftᵀ right`, some rows of a Gram matrix, as `gram` does; if both are one array, from half the work.
+) -> tuple[jax.Array, ...]:
+    """Return `leftᵀ right`, rows of a Gram matrix, in one part or two; if both are one array, from half the work.
 
     Raises:
         ValueError: as `gram`.
@@ -60,14 +62,13 @@ def product(
         check_rows("x", x)
     (n, a), b, dtype = left.shape, right.shape[1], sum_type(left.dtype)
     _check_sum(accumulator, (a, b), dtype)
-    compensated = compensated or accumulator is not None
     chosen = _choose(backend, left.dtype)
     if chosen == "reference":
         if not compensated:
-            return reference.product(left, right)
+            return (reference.product(left, right),)
         zero = jnp.zeros((a, b), dtype)
         pad = ((0, -n % reference.ROWS), (0, 0))
-        return reference.compensated(jnp.pad(left, pad), jnp.pad(right, pad), accumulator or Sum(zero, zero))
+        return tuple(reference.compensated(jnp.pad(left, pad), jnp.pad(right, pad), accumulator or Sum(zero, zero))
     kernel = pallas_gpu if chosen == "pallas_gpu" else pallas_tpu
     up, over = (-width % kernel.tile_for(width) for width in (a, b))
     down = max(ceil_to(n, kernel.ROWS), kernel.ROWS) - n
@@ -86,8 +87,7 @@ def product(
         compensated=compensated,
         interpret=chosen == "interpret",
     )
-    made = [_whole(part[:a, :b], symmetric) for part in made]
-    return Sum(*made) if compensated else made[0]
+    return tuple(_whole(part[:a, :b], symmetric) for part in made)
 
 
 def _whole(half: jax.Array, symmetric: bool) -> jax.Array:

@@ -55,11 +55,10 @@ def gram(
             )
 
     def local(x: jax.Array) -> jax.Array | Sum:
-        made = _own_rows(x, over_columns, compensated=compensated, backend=backend)
-        if not over_rows:
-            return made
-        if not isinstance(made, Sum):
-            return lax.psum(made, over_rows)
+        parts = _own_rows(x, over_columns, compensated=compensated, backend=backend)
+        made = Sum(*parts) if compensated else parts[0]
+        if not over_rows or not isinstance(made, Sum):
+            return lax.psum(made, over_rows) if over_rows else made
         squares = jnp.square(x.astype(made.high.dtype))
         bound = jnp.max(lax.psum(jnp.sum(squares, axis=0), over_rows))
         bound = lax.pmax(bound, over_columns) if over_columns else bound
@@ -75,7 +74,7 @@ def gram(
     )(x)
 
 
-def _own_rows(x: jax.Array, columns: tuple[str, ...], *, compensated: bool, backend: Backend) -> jax.Array | Sum:
+def _own_rows(x: jax.Array, columns: tuple[str, ...], *, compensated: bool, backend: Backend) -> tuple[jax.Array, ...]:
     """Return the product of a device's columns with all columns, of which a batch of rows at a time is gathered."""
     if not columns:
         return api.product(x, x, compensated=compensated, backend=backend)
@@ -85,15 +84,19 @@ def _own_rows(x: jax.Array, columns: tuple[str, ...], *, compensated: bool, back
     everything = width * lax.axis_size(columns)
     zero = jnp.zeros((width, everything), accumulator(x.dtype))
 
-    def step(total: jax.Array | Sum, first: jax.Array) -> tuple[jax.Array | Sum, None]:
+    def pair(first: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = lax.dynamic_slice_in_dim(x, first, batch)
-        whole = lax.all_gather(rows, columns, axis=1, tiled=True)
-        if isinstance(total, Sum):
-            return api.product(rows, whole, accumulator=total, backend=backend), None
-        return total + api.product(rows, whole, backend=backend), None
+        return rows, lax.all_gather(rows, columns, axis=1, tiled=True)
 
-    start = Sum(zero, zero) if compensated else zero
-    return lax.scan(step, start, jnp.arange(0, x.shape[0], batch))[0]
+    def plain(total: tuple[jax.Array, ...], first: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+        (part,) = api.product(*pair(first), backend=backend)
+        return (total[0] + part,), None
+
+    def kept(total: tuple[jax.Array, ...], first: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+        return api.product(*pair(first), accumulator=Sum(*total), compensated=True, backend=backend), None
+
+    start = (zero, zero) if compensated else (zero,)
+    return lax.scan(kept if compensated else plain, start, jnp.arange(0, x.shape[0], batch))[0]
 
 
 def _names(mesh: Mesh, axes: Axes) -> tuple[str, ...]:

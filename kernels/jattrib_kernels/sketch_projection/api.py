@@ -68,8 +68,8 @@ def sketch_projection(
         `(n, dim)` in float32 (float64 for float64 rows).
 
     Raises:
-        ValueError: x is no matrix of floats, the key not two words, dim or copies below 1, the offset out of range, or a
-            backend or type unknown.
+        ValueError: x is no matrix of floats, the key not two words, dim or copies below 1, the offset out of range, or
+            a backend or type unknown.
     """
     check_rows("x", x)
     check_size("dim", dim)
@@ -136,11 +136,11 @@ def _transpose(dim, size, dtype, copies, backend, y, keys, offset):
 
 
 def _project_bwd(dim, size, dtype, copies, backend, seeds, cotangent):
-    return _transpose(dim, size, accumulator(dtype), copies, backend, cotangent, *seeds).astype(dtype), None, None
+    return jnp.asarray(_transpose(dim, size, accumulator(dtype), copies, backend, cotangent, *seeds), dtype), None, None
 
 
 def _transpose_bwd(dim, size, dtype, copies, backend, seeds, cotangent):
-    return _project(dim, size, accumulator(dtype), copies, backend, cotangent, *seeds).astype(dtype), None, None
+    return jnp.asarray(_project(dim, size, accumulator(dtype), copies, backend, cotangent, *seeds), dtype), None, None
 
 
 _project.defvjp(lambda *args: (_project(*args), args[-2:]), _project_bwd)
