@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -15,6 +16,12 @@ OWN = ("cholesky_update", "cholesky_diagonal", "cholesky_panel")
 def alone(case, backend, mesh):
     arguments = [topology.spec(mesh, shape, jnp.float32) for shape in ((case.k, case.k), (case.k, case.columns))]
     return partial(kernel_inverse, damping=1.0, backend=backend), arguments
+
+
+def ensemble(backend, mesh):
+    count, case = cases.ENSEMBLE
+    shapes = ((count, case.k, case.k), (count, case.k, case.columns))
+    return jax.vmap(partial(kernel_inverse, backend=backend)), [topology.spec(mesh, x, jnp.float32) for x in shapes]
 
 
 def spread(case, mesh):
@@ -39,7 +46,11 @@ PROGRAMS = [
         for case in cases.COMPILED
     ),
 ]
-QUICK = ("v5e-k1024-", "v5e-pod-k32768-", "h200-k4096-")
+PROGRAMS += [
+    Program("kernel_inverse", "ensemble-k1024", chip, False, partial(ensemble, backend), OWN)
+    for chip, backend in [*((chip, "pallas_tpu") for chip in topology.TPUS), ("h200", "pallas_gpu")]
+]
+QUICK = ("v5e-ensemble", "h200-ensemble", "v5e-pod-k32768-", "h200-k4096-")
 PARAMETERS = [
     pytest.param(program, id=str(program), marks=() if str(program).startswith(QUICK) else pytest.mark.slow)
     for program in PROGRAMS
@@ -50,6 +61,8 @@ PARAMETERS = [
 def test_it_compiles_and_fits(program, tmp_path):
     row, text = topology.measure(program, tmp_path)
     topology.check(program, row, text)
+    if program.case.startswith("ensemble"):
+        return
     k = int(program.case.split("-")[0][1:])
     matrix = 4 * k * k
     if program.pod:

@@ -68,7 +68,7 @@ def product(
             return (reference.product(left, right),)
         zero = jnp.zeros((a, b), dtype)
         pad = ((0, -n % reference.ROWS), (0, 0))
-        return tuple(reference.compensated(jnp.pad(left, pad), jnp.pad(right, pad), accumulator or Sum(zero, zero))
+        return tuple(reference.compensated(jnp.pad(left, pad), jnp.pad(right, pad), accumulator or Sum(zero, zero)))
     kernel = pallas_gpu if chosen == "pallas_gpu" else pallas_tpu
     up, over = (-width % kernel.tile_for(width) for width in (a, b))
     down = max(ceil_to(n, kernel.ROWS), kernel.ROWS) - n

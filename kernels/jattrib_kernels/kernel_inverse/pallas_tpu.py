@@ -98,7 +98,7 @@ def _panel(
         num_scalar_prefetch=1,
         grid=(m // block - steps[1],),
         in_specs=[
-            pl.BlockSpec(memory_space=pl.ANY),
+            pl.BlockSpec((8, _BASE), lambda i, steps: (0, 0)),  # written, never read
             pl.BlockSpec(square, lambda i, steps: (i + steps[1], 0)),
             pl.BlockSpec(square, lambda i, steps: (0, 0)),
             pl.BlockSpec(square, lambda i, steps: (0, 0)),

@@ -104,7 +104,7 @@ def _project_kernel(seed, turns, x, y, words, *, p, group, copies):
         y[...] = jnp.zeros_like(y)
 
     def block(g, carry):
-        bit, half = _signs(seed, words, step, g, group, copies)
+        signs = _signs(seed, words, step, g, group, copies)
         full, rest = divmod(p, dim)
         local = step * group + g
         left = jnp.where(local < full, dim, jnp.where(local == full, rest, 0))
@@ -115,8 +115,7 @@ def _project_kernel(seed, turns, x, y, words, *, p, group, copies):
                 # What a last tile holds beyond the end is undefined.
                 part = jnp.where(lax.broadcasted_iota(jnp.int32, part.shape, 1) < left, part, jnp.zeros_like(part))
             for copy in range(copies):
-                signed = part * sign(words[pl.ds(2 * copy + half, 1), :], bit)
-                y[rows, :] += pltpu.roll(signed, turns[0, copy, g], 1)
+                y[rows, :] += pltpu.roll(part * signs[copy], turns[0, copy, g], 1)
             return carry
 
         return _by_rows(chunk, x.shape[0], x.dtype, carry)
@@ -129,14 +128,14 @@ def _transpose_kernel(seed, turns, y, x, words, *, group, copies):
     step = pl.program_id(1)
 
     def block(g, carry):
-        bit, half = _signs(seed, words, step, g, group, copies)
+        signs = _signs(seed, words, step, g, group, copies)
 
         def chunk(rows, carry):
             total = jnp.zeros((8, dim), jnp.float32)
             for copy in range(copies):
                 turn = turns[0, copy, g]
                 back = pltpu.roll(y[rows, :], jnp.where(turn == 0, 0, dim - turn), 1)
-                total += back * sign(words[pl.ds(2 * copy + half, 1), :], bit)
+                total += back * signs[copy]
             x[rows, pl.ds(pl.multiple_of(g * dim, _LANES), dim)] = total
             return carry
 
@@ -146,7 +145,7 @@ def _transpose_kernel(seed, turns, y, x, words, *, group, copies):
 
 
 def _signs(seed, words, step, g, group, copies):
-    """Hash the signs of 64 blocks where block g is the first of them; return its bit and which of two words has it."""
+    """Return the signs of block g, one row a copy; where it is the first of 64 blocks, hash the signs of all of them."""
     local = step * group + g
     number = seed[0] + local.astype(jnp.uint32)
     inside = (number & jnp.uint32(BLOCKS - 1)).astype(jnp.int32)
@@ -160,15 +159,19 @@ def _signs(seed, words, step, g, group, copies):
             pair = threefry2x32((seed[1 + 2 * copy], seed[2 + 2 * copy]), counter)
             words[pl.ds(2 * copy, 1), :], words[pl.ds(2 * copy + 1, 1), :] = pair
 
-    return (inside % 32).astype(jnp.uint32), inside // 32
+    bit, half = (inside % 32).astype(jnp.uint32), inside // 32
+    return [sign(words[pl.ds(2 * copy + half, 1), :], bit) for copy in range(copies)]
 
 
 def _by_rows(chunk, rows, dtype, carry):
     """Run `chunk` over a tile in slices of one register's height, so that its values stay in registers."""
     height = 8 if dtype == jnp.float32 else 16
-    return lax.fori_loop(
-        0, rows // height, lambda i, c: chunk(pl.ds(pl.multiple_of(i * height, height), height), c), carry
-    )
+    steps = rows // height
+
+    def slices(i, carry):
+        return chunk(pl.ds(pl.multiple_of(i * height, height), height), carry)
+
+    return lax.fori_loop(0, steps, slices, carry, unroll=math.gcd(steps, 4))
 
 
 def _operands(keys, offset, steps, group, dim, copies):
