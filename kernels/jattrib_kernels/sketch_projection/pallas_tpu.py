@@ -145,7 +145,7 @@ def _transpose_kernel(seed, turns, y, x, words, *, group, copies):
 
 
 def _signs(seed, words, step, g, group, copies):
-    """Return the signs of block g, one row a copy; where it is the first of 64 blocks, hash the signs of all of them."""
+    """Return the signs of block g, one row a copy; at the first of 64 blocks, hash the signs of all of them."""
     local = step * group + g
     number = seed[0] + local.astype(jnp.uint32)
     inside = (number & jnp.uint32(BLOCKS - 1)).astype(jnp.int32)
