@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130
+UNSHOWN = ("device", "versions", "note", "ours_spread", "other_spread", "ours_first_s", "other_first_s")
+"""Columns of a benchmark that its file keeps and its table leaves out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,13 +115,14 @@ def bench(
     from jattrib.core import files
 
     rows = [row if isinstance(row, Mapping) else row._asdict() for row in _benchmark(name).run()]
-    table = Table(*(rows[0] if rows else ()), title=name)
+    columns = [column for column in (rows[0] if rows else ()) if column not in UNSHOWN]
+    table = Table(*columns, title=name)
     for row in rows:
-        table.add_row(*(_shown(value) for value in row.values()))
+        table.add_row(*(_shown(row[column]) for column in columns))
     Console().print(table)
     if out is not None:
         context = {"device": rundir.device(), "versions": rundir.versions()}
-        lines = [json.dumps(files.plain({**row, **context}), allow_nan=False) for row in rows]
+        lines = [json.dumps(files.plain({**context, **row}), allow_nan=False) for row in rows]
         files.write_atomic(out, "".join(f"{line}\n" for line in lines).encode())
 
 
