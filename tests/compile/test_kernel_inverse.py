@@ -47,7 +47,7 @@ PROGRAMS = [
     ),
 ]
 PROGRAMS += [
-    Program("kernel_inverse", "ensemble-k1024", chip, False, partial(ensemble, backend), OWN)
+    Program("kernel_inverse", "ensemble-k512", chip, False, partial(ensemble, backend), OWN)
     for chip, backend in [*((chip, "pallas_tpu") for chip in topology.TPUS), ("h200", "pallas_gpu")]
 ]
 QUICK = ("v5e-ensemble", "h200-ensemble", "v5e-pod-k32768-", "h200-k4096-")

@@ -110,7 +110,7 @@ def kernel_inverse(
         matrix: symmetric K, `(k, k)`, float32 or (reference only) float64.
         targets: B, `(k,)` or `(k, q)`, of K's dtype.
         damping: λ, added to the diagonal.
-        refine: steps of refinement.
+        refine: steps of refinement; at none, the residual is that of plain float32 products.
         backend: which implementation runs; one asked for by name never falls back to another.
 
     Returns:

@@ -40,7 +40,7 @@ NUMERIC = (
 COMPILED = (Case(1024, columns=256), Case(4096, columns=256), Case(16384, columns=256), Case(32768, columns=256))
 """Systems of one device, for the compile tests."""
 
-ENSEMBLE = (16, Case(1024, columns=256))
+ENSEMBLE = (8, Case(512, columns=128))
 """As many systems of one shape, under `vmap`."""
 
 POD = (Case(32768, columns=256), Case(131072, columns=256))

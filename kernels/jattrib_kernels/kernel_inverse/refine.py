@@ -42,14 +42,18 @@ def refine(
         matrix: this device's rows of K, `(m, k)`.
         targets: the same rows of B, `(m, q)`.
         damping: λ.
-        steps: how often to refine.
+        steps: how often to refine; at none, the residual is that of plain products, and rounding is part of it.
         operand: dtype of the residual's products.
         place: this device; rows of the devices follow one another.
     """
     place = place or Place()
     rows = place.number * matrix.shape[0] + jnp.arange(matrix.shape[0])
     solution = solve(targets)
-    left = residual(matrix, place.gather(solution), targets, damping=damping, rows=rows, operand=operand)
+    if steps:
+        left = residual(matrix, place.gather(solution), targets, damping=damping, rows=rows, operand=operand)
+    else:  # only to be reported
+        product = jnp.matmul(matrix, place.gather(solution), precision=lax.Precision.HIGHEST)
+        left = targets - product - damping * solution
     for _ in range(steps):
         corrected = solution + solve(left)
         change = corrected - solution  # what was added, exactly; it is so small that a plain product will do
