@@ -200,7 +200,7 @@ def _train_chunk(
     outputs, data = operand
     keys = jax.random.wrap_key_data(members["keys"])
     run = {"vmap": _side_by_side, "map": _one_by_one, "steps": _step_by_step}[ensemble.strategy]
-    trained = run(ensemble, data, members["masks"], keys)
+    trained = run(ensemble, data, jnp.asarray(members["masks"]), keys)
     return {"outputs": jax.vmap(outputs)(trained), "losses": trained.losses, "names": members["names"]}
 
 

@@ -177,7 +177,6 @@ def test_a_loss_that_is_not_finite_names_the_model_and_is_not_stored(data, tmp_p
     [
         (lambda masks, keys: (masks & False, keys), "mask 0 includes 0 examples"),
         (lambda masks, keys: (masks | True, keys), "mask 0 includes 40 examples"),
-        (lambda masks, keys: (masks, keys[:2]), "4 masks of 40 examples, 2 keys"),
         (lambda masks, keys: (masks[:, :30], keys), "4 masks of 30 examples"),
     ],
 )
