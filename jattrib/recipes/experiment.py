@@ -101,6 +101,20 @@ class Truth(NamedTuple):
     outputs: Float[np.ndarray, "m s q"]
 
 
+class FixedTruth(NamedTuple):
+    """One training run repeated without random examples: initialisation and order are the same in all of them.
+
+    Attributes:
+        masks: what each model was trained on.
+        outputs: the margins of the queries.
+        whole: the margins of the model of all examples.
+    """
+
+    masks: Bool[np.ndarray, "m n"]
+    outputs: Float[np.ndarray, "m q"]
+    whole: Float[np.ndarray, " q"]
+
+
 class LeftOut(NamedTuple):
     """What leaving training images out did to the queries' margins.
 
@@ -115,7 +129,10 @@ class LeftOut(NamedTuple):
     effect: counterfactual.Effect
 
 
-KEYS = ("queries", "projection", "checkpoints", "held_out", "subsets", "counterfactual", "statistics")
+KEYS = (
+    "queries", "projection", "checkpoints", "held_out", "subsets", "counterfactual", "statistics", "fixed",
+    "fixed_held_out",
+)  # fmt: skip
 
 
 def prepare(config: Config, directory: rundir.RunDir) -> Task:
@@ -184,6 +201,36 @@ def retrain(config: Config, task: Task, directory: rundir.RunDir, name: str, sub
     return Truth(masks, outputs.reshape(subsets, seeds, -1))
 
 
+def retrain_fixed(
+    config: Config, task: Task, directory: rundir.RunDir, *, fraction: float, subsets: int, name: str = "fixed"
+) -> FixedTruth:
+    """Repeat one training run without a random `fraction` of the examples, as many times as `subsets` says.
+
+    The run is that of `paired`.  Subsets depend on `name`, a key of the task: `fixed` for what is reported,
+    `fixed_held_out` for choices.
+    """
+    masks = subset_masks.subsets(
+        jax.random.fold_in(task.keys[name], 0), len(task.train.labels), alpha=1 - fraction, count=subsets
+    )
+    members, key = paired(config, task)
+    every = np.concatenate([np.ones((1, masks.shape[1]), bool), masks])
+    with rundir.stage(directory, f"{name}_{fraction:g}".replace(".", "_")) as folder:
+        outputs = ensemble.collect(
+            query_margins(task), members, tuple(task.train), every, key[np.zeros(len(every), int)],
+            directory=folder / "margins", identity={**task.identity, "queries": tree.digest(task.queries)},
+            label=f"retraining without {fraction:.1%}",
+        )  # fmt: skip
+    return FixedTruth(masks, outputs[1:], outputs[0])
+
+
+def paired(config: Config, task: Task) -> tuple[ensemble.Ensemble, Key[Array, " 1"]]:
+    """Return how models of all examples are trained, what is left out weighing nothing, and the key of one such run."""
+    plan = task.members.plan._replace(size=len(task.train.labels))
+    optimizer = build.optimizer(config.training, plan.steps)
+    members = task.members._replace(plan=plan, optimizer=optimizer, removal="zero_weight")
+    return members, ensemble.member_keys(task.keys["counterfactual"], np.zeros(1, int), np.zeros(1, int))
+
+
 def query_margins(task: Task) -> jax.tree_util.Partial:
     """Return the function from a trained model to the margins of the queries."""
     return jax.tree_util.Partial(
@@ -214,11 +261,7 @@ def leave_out(config: Config, task: Task, scores: Float[np.ndarray, "n q"], fold
     helpful = counterfactual.most_helpful(scores[:, :count], dropped)
     random = counterfactual.random_removal(task.keys["counterfactual"], n, k=dropped, count=count)
     masks = ~np.concatenate([np.zeros((1, n), bool), helpful, random])
-    plan = task.members.plan._replace(size=n)
-    members = task.members._replace(
-        plan=plan, optimizer=build.optimizer(config.training, plan.steps), removal="zero_weight"
-    )
-    key = ensemble.member_keys(task.keys["counterfactual"], np.zeros(1, int), np.zeros(1, int))
+    members, key = paired(config, task)
     outputs = ensemble.collect(
         query_margins(task), members, tuple(task.train), masks, key[np.zeros(len(masks), int)],
         directory=folder / "margins", identity={**task.identity, "queries": tree.digest(task.queries)},
