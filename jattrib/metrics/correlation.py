@@ -79,6 +79,34 @@ def resampled_spearman(
     return Correlation(np.clip(values, -1, 1), np.isnan(values))
 
 
+def resampled_pearson(
+    a: Num[Array | np.ndarray, "m q"], b: Num[Array | np.ndarray, "m q"], counts: Int[np.ndarray, "r m"]
+) -> Correlation:
+    """Return Pearson's correlation of each column in each of r resamples of the rows, `[r, q]`.
+
+    Row i stands `counts[j, i]` times in resample j.
+
+    Raises:
+        InvalidInputError: shapes differ, there are fewer than two rows, or an entry is not finite.
+    """
+    left, right = (_unit(rows).T for rows in _pairs(a, b, 0))  # neither mean nor scale matters; sums are then of size 1
+    weights = counts / counts.sum(axis=1, keepdims=True)
+    means = [weights @ each for each in (left, right)]
+    spreads = [weights @ np.square(each) - np.square(mean) for each, mean in zip((left, right), means, strict=True)]
+    constant = np.any([_same_in_resample(each, counts) for each in (left, right)], axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = (weights @ (left * right) - means[0] * means[1]) / np.sqrt(np.maximum(spreads[0] * spreads[1], 0))
+    return Correlation(np.where(constant, np.nan, np.clip(values, -1, 1)), constant)
+
+
+def _same_in_resample(columns: Float[np.ndarray, "m q"], counts: Int[np.ndarray, "r m"]) -> Bool[np.ndarray, "r q"]:
+    """Say where a resample holds a single value of a column, one resample at a time."""
+    found = np.empty((len(counts), columns.shape[1]), bool)
+    for row, count in zip(found, counts, strict=True):
+        np.equal(columns[count > 0].max(axis=0), columns[count > 0].min(axis=0), out=row)
+    return found
+
+
 class _Places(NamedTuple):
     """Where the entries of each row stand among one another.
 

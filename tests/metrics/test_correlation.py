@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from jattrib.core.errors import InvalidInputError
-from jattrib.metrics.correlation import midranks, pearson, resampled_spearman, spearman
+from jattrib.metrics.correlation import midranks, pearson, resampled_pearson, resampled_spearman, spearman
 
 PAIRS = st.integers(2, 12).flatmap(
     lambda m: st.tuples(*[arrays(np.int64, (m, 3), elements=st.integers(-3, 3)) for _ in range(2)])
@@ -101,3 +101,19 @@ def test_refuses_what_has_no_correlation(shapes_unchecked):
         pearson(a, a, axis=2)
     with pytest.raises(InvalidInputError, match="second array holds 2 entries that are not finite"):
         spearman(a, np.where(a > 3, np.nan, a))
+
+
+def test_resampled_pearson_is_pearson_of_the_resample():
+    random = np.random.default_rng(5)
+    a, b = random.standard_normal((2, 12, 3))
+    a[:, 2] = np.repeat([1e9, 1e9 + 1], 6)  # far from zero, of two values
+    counts = random.multinomial(12, np.full(12, 1 / 12), size=6)
+    counts[5] = np.eye(12, dtype=int)[3] * 12
+    found = resampled_pearson(a, b, counts)
+    for row, count in enumerate(counts[:5]):
+        rows = np.repeat(np.arange(12), count)
+        expected = [scipy.stats.pearsonr(a[rows, j], b[rows, j]).statistic for j in range(3)]
+        np.testing.assert_allclose(found.values[row], expected, atol=1e-7)
+    assert found.constant[5].all()
+    assert np.isnan(found.values[5]).all()
+    assert not found.constant[:5].any()
