@@ -49,7 +49,9 @@ def recall(
     resamples: int = 1000,
     confidence: float = 0.95,
 ) -> Recall:
-    """Return how well scores find the planted examples; intervals are bootstraps over examples.
+    """Return how well scores find the planted examples; with bootstrap intervals.
+
+    Planted and clean examples are resampled apart, each as many as there are.
 
     Args:
         suspicion: a score an example; high is suspect.
@@ -72,13 +74,16 @@ def recall(
     groups = _groups(scores)
     settings = {"key": key, "resamples": resamples, "confidence": confidence}
 
-    def both(counts: Int[np.ndarray, "r n"]) -> Float[np.ndarray, "2 r"]:
+    def both(found: Int[np.ndarray, "r planted"], clean: Int[np.ndarray, "r clean"]) -> Float[np.ndarray, "2 r"]:
+        counts = np.empty((len(found), len(scores)), np.int64)
+        counts[:, planted], counts[:, ~planted] = found, clean
         blocks = range(0, len(counts), RESAMPLES_AT_ONCE)
-        found = [_auc_and_precision(groups, planted, counts[start : start + RESAMPLES_AT_ONCE]) for start in blocks]
-        return np.concatenate(found, axis=1)
+        parts = [_auc_and_precision(groups, planted, counts[start : start + RESAMPLES_AT_ONCE]) for start in blocks]
+        return np.concatenate(parts, axis=1)
 
+    units = (int(planted.sum()), int((~planted).sum()))
     auc, precision = (
-        bootstrap.one_way(lambda counts, row=row: both(counts)[row], len(scores), **settings) for row in (0, 1)
+        bootstrap.two_way(lambda *counts, row=row: both(*counts)[row], units, **settings) for row in (0, 1)
     )
     return Recall(auc, precision, parts, _recall_at(groups, planted, parts), float(planted.mean()))
 
@@ -110,9 +115,8 @@ def _auc_and_precision(
     beaten = misses[:, -1:] - (misses[:, 1:] + misses[:, :-1]) / 2  # clean examples below, and half of those beside
     looked = hits[:, 1:] + misses[:, 1:]
     precision = hits[:, 1:] / np.maximum(looked, 1)
-    with np.errstate(invalid="ignore"):
-        auc = np.sum(gained * beaten, axis=1) / (hits[:, -1] * misses[:, -1])
-        return np.stack([auc, np.sum(gained * precision, axis=1) / hits[:, -1]])
+    auc = np.sum(gained * beaten, axis=1) / (hits[:, -1] * misses[:, -1])
+    return np.stack([auc, np.sum(gained * precision, axis=1) / hits[:, -1]])
 
 
 def _recall_at(

@@ -51,7 +51,7 @@ def test_interval_is_as_wide_as_delong_says(key):
 def test_recall_without_ties_counts_the_found(key):
     scores = np.array([9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0])
     planted = np.isin(np.arange(10), [0, 1, 4, 9])
-    found = mislabelled.recall(scores, planted, key=key, inspected=(0, 0.2, 0.4, 0.5, 1))
+    found = mislabelled.recall(scores, planted, key=key, inspected=(0.0, 0.2, 0.4, 0.5, 1.0))
     assert found.recall.tolist() == [0, 0.5, 0.5, 0.75, 1]
 
 
@@ -59,7 +59,7 @@ def test_recall_with_ties_is_the_mean_over_their_orders(key):
     scores = np.array([2.0, 1, 1, 1, 1, 0])
     planted = np.array([False, True, False, True, False, False])
     parts = np.arange(7) / 6
-    found = mislabelled.recall(scores, planted, key=key, inspected=tuple(parts))
+    found = mislabelled.recall(scores, planted, key=key, inspected=tuple(parts.tolist()))
     orders = [(0, *middle, 5) for middle in itertools.permutations([1, 2, 3, 4])]
     each = [[planted[list(order[:k])].sum() / 2 for k in range(7)] for order in orders]
     np.testing.assert_allclose(found.recall, np.mean(each, axis=0), atol=1e-12)
