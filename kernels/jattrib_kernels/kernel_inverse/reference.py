@@ -62,14 +62,19 @@ def _first_failing(matrix: jax.Array, succeeded: jax.Array) -> jax.Array:
         inside = jnp.arange(k) < size
         return lax.linalg.cholesky(jnp.where(inside[:, None] & inside[None, :], matrix, eye), symmetrize_input=False)
 
-    def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # the leading minor of size low is positive definite, that of size high is not
+    def next_pivot(size: jax.Array, factor: jax.Array) -> jax.Array:
+        column = jnp.where(jnp.arange(k) < size, matrix[size], 0)
+        solved = lax.linalg.triangular_solve(factor, column[:, None], left_side=True, lower=True)
+        return matrix[size, size] - jnp.sum(jnp.square(solved))
+
+    def halve(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        low, high, pivot = state  # the leading minor of size low is positive definite, that of size high is not
         middle = (low + high) // 2
-        definite = jnp.isfinite(leading(middle)[-1, -1])
-        return jnp.where(definite, middle, low), jnp.where(definite, high, middle)
+        factor = leading(middle)
+        definite = jnp.isfinite(factor[-1, -1])
+        pivot = jnp.where(definite, next_pivot(middle, factor), pivot)
+        return jnp.where(definite, middle, low), jnp.where(definite, high, middle), pivot
 
     high = jnp.where(succeeded, 1, k)
-    low, _ = lax.while_loop(lambda bounds: bounds[1] - bounds[0] > 1, halve, (jnp.zeros_like(high), high))
-    column = jnp.where(jnp.arange(k) < low, matrix[low], 0)
-    solved = lax.linalg.triangular_solve(leading(low), column[:, None], left_side=True, lower=True)
-    return jnp.minimum(matrix[low, low] - jnp.sum(jnp.square(solved)), 0)
+    start = (jnp.zeros_like(high), high, matrix[0, 0])
+    return jnp.minimum(lax.while_loop(lambda state: state[1] - state[0] > 1, halve, start)[2], 0)
