@@ -13,7 +13,8 @@ Signs are the same bits on every backend; normal numbers agree to the rounding o
 """
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,19 +38,33 @@ def sign_words(key: Words, block: jax.Array, col: jax.Array, *, blocks: int, col
 
 def signs(key: Words, block: jax.Array, col: jax.Array, *, blocks: int, cols: int) -> jax.Array:
     """Return rows `64·block …` and columns `col …` of the sign matrix: `(64·blocks, cols)` in float32."""
-    words = sign_words(key, block, col, blocks=blocks, cols=cols)[:, None, :]
+    return from_bits(sign_words(key, block, col, blocks=blocks, cols=cols))
+
+
+def from_bits(words: jax.Array) -> jax.Array:
+    """Return the signs whose bits `(w, cols)` words hold: `(32·w, cols)` in float32."""
+    words = words[:, None, :]
     shift = jnp.uint32(31) - lax.broadcasted_iota(jnp.uint32, (1, 32, 1), 1)
     # The bit becomes the sign bit of a float32 one.
     bits = (jnp.left_shift(words, shift) & jnp.uint32(0x80000000)) | jnp.uint32(0x3F800000)
-    return lax.bitcast_convert_type(bits, jnp.float32).reshape(blocks * ROWS, cols)
+    return lax.bitcast_convert_type(bits, jnp.float32).reshape(-1, words.shape[-1])
 
 
 def normal(key: Words, block: jax.Array, col: jax.Array, *, blocks: int, cols: int) -> jax.Array:
     """Return rows `64·block …` and columns `col …` of the normal matrix: `(64·blocks, cols)` in float32."""
+    return from_pairs(pair_words(key, block, col, blocks=blocks, cols=cols))
+
+
+def pair_words(key: Words, block: jax.Array, col: jax.Array, *, blocks: int, cols: int) -> Words:
+    """Return the hashes of the pairs of rows from row `64·block` on: two uint32 arrays `(32·blocks, cols)`."""
     half = ROWS // 2
-    words = threefry2x32(key, _counters(block * jnp.uint32(half), col, blocks * half, cols))
-    odd = jnp.ones((blocks * half, cols), jnp.int32)
-    return jnp.stack([box_muller(words, 0 * odd), box_muller(words, odd)], axis=1).reshape(blocks * ROWS, cols)
+    return threefry2x32(key, _counters(block * jnp.uint32(half), col, blocks * half, cols))
+
+
+def from_pairs(words: Words) -> jax.Array:
+    """Return the normal numbers of pairs of rows from their `(w, cols)` hashes: `(2·w, cols)` in float32."""
+    odd = jnp.ones(words[0].shape, jnp.int32)
+    return jnp.stack([box_muller(words, 0 * odd), box_muller(words, odd)], axis=1).reshape(-1, words[0].shape[-1])
 
 
 def box_muller(words: Words, odd: jax.Array) -> jax.Array:
@@ -74,57 +89,66 @@ def project(x: jax.Array, seed: jax.Array, *, dim: int, distribution: Distributi
     """
     n, p = x.shape
     dtype = accumulator(x.dtype)
-
-    def product(part: jax.Array, block: jax.Array | int, blocks: int) -> jax.Array:
-        r = _matrix(seed, block, blocks, dim, distribution)[: part.shape[1]]
-        return jnp.matmul(part.astype(dtype), r.astype(dtype), precision=lax.Precision.HIGHEST)
-
+    words, entries = _generator(seed, dim, distribution)
     blocks, full = _tiles(p, dim)
     width = blocks * ROWS
-    rest = p - full * width
+
+    def product(part: jax.Array, hashes: Any) -> jax.Array:
+        r = entries(hashes)[: part.shape[1]]
+        return jnp.matmul(part.astype(dtype), r.astype(dtype), precision=lax.Precision.HIGHEST)
+
     # A loop that starts from a product, not from zeros, has the same varying axes throughout under `shard_map`.
-    last = -(-rest // ROWS)
-    y = product(x[:, full * width :], full * blocks, last) if rest else None
+    rest = p - full * width
+    y = product(x[:, full * width :], words(full * blocks, -(-rest // ROWS))) if rest else None
     first = 0 if rest else 1
-    y = product(x[:, :width], 0, blocks) if y is None else y
+    y = product(x[:, :width], words(0, blocks)) if y is None else y
     if first == full:
         return y
 
-    def step(i: jax.Array, y: jax.Array) -> jax.Array:
-        return y + product(lax.dynamic_slice(x, (0, i * width), (n, width)), i * blocks, blocks)
+    def step(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        y, hashes = carry
+        y = y + product(lax.dynamic_slice(x, (0, i * width), (n, width)), hashes)
+        # Carried, lest the compiler hash anew for every one of the rows that a word serves.
+        return y, words((i + 1) * blocks, blocks)
 
-    return lax.fori_loop(first, full, step, y)
+    return lax.fori_loop(first, full, step, (y, words(first * blocks, blocks)))[0]
 
 
 def transpose(y: jax.Array, seed: jax.Array, *, size: int, distribution: Distribution) -> jax.Array:
     """Return `y Rᵀ`, `(n, size)`, from `(n, k)` rows."""
     n, dim = y.shape
     dtype = accumulator(y.dtype)
-
-    def product(block: jax.Array | int, blocks: int, rows: int) -> jax.Array:
-        r = _matrix(seed, block, blocks, dim, distribution)[:rows]
-        return jnp.matmul(y.astype(dtype), r.astype(dtype).T, precision=lax.Precision.HIGHEST)
-
+    words, entries = _generator(seed, dim, distribution)
     blocks, full = _tiles(size, dim)
     width = blocks * ROWS
-    rest = size - full * width
+
+    def product(hashes: Any, rows: int) -> jax.Array:
+        r = entries(hashes)[:rows]
+        return jnp.matmul(y.astype(dtype), r.astype(dtype).T, precision=lax.Precision.HIGHEST)
+
     x = jnp.zeros((n, size), dtype)
     if full:
 
-        def put(i: jax.Array | int, x: jax.Array) -> jax.Array:
-            return lax.dynamic_update_slice(x, product(i * blocks, blocks, width), (0, i * width))
+        def put(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            x, hashes = carry
+            x = lax.dynamic_update_slice(x, product(hashes, width), (0, i * width))
+            return x, words((i + 1) * blocks, blocks)
 
-        x = put(0, x)
-        x = lax.fori_loop(1, full, put, x) if full > 1 else x
-    if rest:
-        x = lax.dynamic_update_slice(x, product(full * blocks, -(-rest // ROWS), rest), (0, full * width))
+        x = lax.dynamic_update_slice(x, product(words(0, blocks), width), (0, 0))
+        x = lax.fori_loop(1, full, put, (x, words(blocks, blocks)))[0] if full > 1 else x
+    if rest := size - full * width:
+        x = lax.dynamic_update_slice(x, product(words(full * blocks, -(-rest // ROWS)), rest), (0, full * width))
     return x
 
 
-def _matrix(seed: jax.Array, block: jax.Array | int, blocks: int, cols: int, distribution: Distribution) -> jax.Array:
-    make = signs if distribution == "rademacher" else normal
-    first = seed[2] + jnp.asarray(block).astype(jnp.uint32)
-    return make((seed[0], seed[1]), first, seed[3], blocks=blocks, cols=cols)
+def _generator(seed: jax.Array, cols: int, distribution: Distribution) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return how the hashes of some blocks of rows are made, and how the matrix's entries are made of them."""
+    key, make = (seed[0], seed[1]), sign_words if distribution == "rademacher" else pair_words
+
+    def words(block: jax.Array | int, blocks: int) -> Any:
+        return make(key, seed[2] + jnp.asarray(block).astype(jnp.uint32), seed[3], blocks=blocks, cols=cols)
+
+    return words, from_bits if distribution == "rademacher" else from_pairs
 
 
 def _counters(row: jax.Array, col: jax.Array, rows: int, cols: int) -> Words:
