@@ -2,6 +2,6 @@
 
 * `model`: `Model`, the pair `(init, apply)` that the rest of the house works with
 * `adapt`: the door for Flax NNX, Flax Linen, Equinox-style pytrees and plain functions
-* `mlp`, `resnet`: the models that come with the house
-* `outputs`: margins, log-odds and losses, from logits
+* `mlp`, `resnet`, `gpt`: the models that come with the house
+* `outputs`: margins, log-odds and losses, of labels and of sequences, from logits
 """

@@ -1,6 +1,9 @@
 """The scalars that are attributed: margins, log-odds and losses, computed from logits.
 
 All are written for one example; the caller vmaps.  Labels must be in range: the loaders of `jattrib.data` see to it.
+
+Where an example is a sequence, so are its logits `[t, c]` and its labels `[t]`: language models predict the next token
+at each place.  A label of a sequence that is below zero is padding, which counts nothing.
 """
 
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from jattrib.core.errors import InvalidInputError
-from jattrib.core.types import Example, Params
+from jattrib.core.types import Example, Key, Params
 from jattrib.models.model import Apply
 
 
@@ -60,6 +63,29 @@ def cross_entropy(logits: Float[Array, " c"], label: Integer[Array, ""]) -> Floa
     return jax.nn.softplus(-margin(logits, label))
 
 
+def token_losses(logits: Float[Array, "t c"], labels: Integer[Array, " t"]) -> Float[Array, " t"]:
+    """The negative log-likelihood of every label of a sequence in nats, and zero where it is padding (below zero).
+
+    Raises:
+        InvalidInputError: there are fewer than two classes.
+    """
+    return jnp.where(labels < 0, 0, jax.vmap(cross_entropy)(logits, labels))
+
+
+def mean_loss(logits: Float[Array, "*t c"], labels: Integer[Array, "*t"]) -> Float[Array, ""]:
+    """The negative log-likelihood in nats of one label, or its mean over a sequence without its padding.
+
+    A sequence that is all padding has none: its loss is zero.
+
+    Raises:
+        InvalidInputError: there are fewer than two classes.
+    """
+    if labels.ndim == 0:
+        return cross_entropy(logits, labels)
+    losses = token_losses(logits, labels)
+    return losses.sum() / jnp.maximum((labels >= 0).sum(), 1).astype(losses.dtype)
+
+
 def log_odds(log_probability: Float[Array, "..."]) -> Float[Array, "..."]:
     """The log-odds of an event of log-probability ℓ ≤ 0, elementwise: `ℓ − log(1 − exp ℓ)`.
 
@@ -96,17 +122,77 @@ class Margin:
 @partial(jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["apply"])
 @dataclass(frozen=True)
 class Loss:
-    """The output function `(params, (x, y)) -> cross-entropy` in nats, of a model in evaluation mode; a pytree too."""
+    """The output function `(params, (x, y)) -> mean_loss` in nats, of a model in evaluation mode; a pytree too."""
 
     apply: Apply
     state: Any
 
     def __call__(self, params: Params, example: Example, /) -> Float[Array, ""]:
-        """Return the loss on one example."""
+        """Return the loss on one example: one label, or the mean over a sequence's."""
         x, y = example
-        return cross_entropy(_logits(self.apply, params, self.state, x), jnp.asarray(y))
+        return mean_loss(_logits(self.apply, params, self.state, x), jnp.asarray(y))
 
 
-def _logits(apply: Apply, params: Params, state: Any, x: Any) -> Float[Array, " c"]:
+@partial(jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["apply"])
+@dataclass(frozen=True)
+class LogLikelihood:
+    """The output function `(params, (x, y)) -> −mean_loss` in nats a token: more is better; a pytree too."""
+
+    apply: Apply
+    state: Any
+
+    def __call__(self, params: Params, example: Example, /) -> Float[Array, ""]:
+        """Return the log-likelihood of one example, its mean where it is a sequence."""
+        x, y = example
+        return -mean_loss(_logits(self.apply, params, self.state, x), jnp.asarray(y))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["apply"])
+@dataclass(frozen=True)
+class TokenLoss:
+    """The output function `(params, (x, y, place)) -> loss` in nats of the label at one place of a sequence.
+
+    For scores of single tokens: give the same `x` and `y` with each place.
+    """
+
+    apply: Apply
+    state: Any
+
+    def __call__(self, params: Params, example: Example, /) -> Float[Array, ""]:
+        """Return the loss at `place`; zero if it is padding."""
+        x, y, place = example
+        losses = token_losses(_logits(self.apply, params, self.state, x), jnp.asarray(y))
+        return jnp.where(jnp.arange(losses.shape[0]) == place, losses, 0).sum()
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["apply"])
+@dataclass(frozen=True)
+class Logits:
+    """The logits of one example `(x, y)`, of a model in evaluation mode; a pytree too.
+
+    With `label_loss` it is the loss in two halves, as `curvature.products.ggn` and `curvature.ekfac` take it.
+    """
+
+    apply: Apply
+    state: Any
+
+    def __call__(self, params: Params, example: Example, /) -> Float[Array, "*t c"]:
+        """Return the logits of one example."""
+        return _logits(self.apply, params, self.state, example[0])
+
+
+def label_loss(logits: Float[Array, "*t c"], example: Example) -> Float[Array, ""]:
+    """Return the `mean_loss` in nats of the logits of an example `(x, y)`."""
+    return mean_loss(logits, jnp.asarray(example[1]))
+
+
+def draw_label(key: Key, logits: Float[Array, "*t c"], example: Example) -> Example:
+    """Return the example `(x, y)` with labels drawn from the model, `y ~ softmax(logits)`; padding stays padding."""
+    x, y = example
+    y = jnp.asarray(y)
+    return x, jnp.where(y < 0, y, jax.random.categorical(key, logits).astype(y.dtype))
+
+
+def _logits(apply: Apply, params: Params, state: Any, x: Any) -> Float[Array, "*t c"]:
     logits, _ = apply(params, state, jax.tree.map(lambda leaf: leaf[None], x), train=False)
     return logits[0]

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Batch, Params
 from jattrib.models.model import Model
-from jattrib.models.outputs import cross_entropy
+from jattrib.models.outputs import mean_loss
 
 
 class Plan(NamedTuple):
@@ -77,12 +77,15 @@ Carry = tuple[Params, Any, optax.OptState]
 
 
 def classification_loss(model: Model) -> LossFn:
-    """Return the cross-entropy of the model's logits on `(inputs, labels)`, in nats."""
+    """Return the cross-entropy of the model's logits on `(inputs, labels)`, in nats.
+
+    Where labels are sequences, an example's loss is the mean over its labels that are not padding (below zero).
+    """
 
     def loss(params: Params, state: Any, batch: Batch) -> tuple[Float[Array, " b"], Any]:
         inputs, labels = batch
         logits, state = model.apply(params, state, inputs, train=True)
-        return jax.vmap(cross_entropy)(logits, labels), state
+        return jax.vmap(mean_loss)(logits, labels), state
 
     return loss
 

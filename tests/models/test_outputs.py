@@ -129,3 +129,33 @@ def test_inputs_may_be_a_pytree():
     x = {"left": jnp.array([1.0, 2.0]), "right": jnp.array([0.5, 0.0])}
     value = outputs.Margin(apply, ())(jnp.float32(3.0), (x, jnp.int32(1)))
     np.testing.assert_allclose(value, 6.0 - 3.5, rtol=1e-6)
+
+
+SEQUENCE = jnp.array(np.random.default_rng(3).normal(size=(4, 2)), jnp.float32)
+LABELS = jnp.array([2, 0, -1, 1], jnp.int32)
+
+
+def test_losses_of_a_sequence_are_those_of_its_labels_without_padding():
+    logits = SEQUENCE @ PARAMS + SHIFT[None]
+    exact_logits = np.asarray(logits, np.float64)
+    expected = np.log(np.exp(exact_logits).sum(axis=1)) - exact_logits[np.arange(4), LABELS]
+    expected[2] = 0
+    np.testing.assert_allclose(outputs.token_losses(logits, LABELS), expected, rtol=1e-5)
+    np.testing.assert_allclose(outputs.mean_loss(logits, LABELS), expected.sum() / 3, rtol=1e-5)
+    assert outputs.mean_loss(logits, jnp.full(4, -1, jnp.int32)) == 0
+    one = outputs.mean_loss(logits[0], jnp.int32(2)), outputs.cross_entropy(logits[0], jnp.int32(2))
+    np.testing.assert_array_equal(*one)
+
+
+def test_output_functions_take_one_sequence():
+    def apply(params, state, x, /, *, train=False):
+        return x @ params + state["shift"][None, None], state
+
+    own = {"shift": SHIFT}
+    expected = outputs.token_losses(SEQUENCE @ PARAMS + SHIFT[None], LABELS)
+    loss = outputs.Loss(apply, own)(PARAMS, (SEQUENCE, LABELS))
+    np.testing.assert_allclose(loss, expected.sum() / 3, rtol=1e-6)
+    np.testing.assert_allclose(outputs.LogLikelihood(apply, own)(PARAMS, (SEQUENCE, LABELS)), -loss, rtol=1e-6)
+    places = jnp.arange(4)
+    each = jax.vmap(lambda place: outputs.TokenLoss(apply, own)(PARAMS, (SEQUENCE, LABELS, place)))(places)
+    np.testing.assert_allclose(each, expected, rtol=1e-6)
