@@ -1,0 +1,75 @@
+"""The diagonal of the Fisher matrix, and the damped inverse of it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from jattrib.core import stream, tree
+from jattrib.core.errors import InvalidInputError
+from jattrib.core.types import Batch, Fold, OutputFn, Params, Source
+from jattrib.curvature.products import Operator, Vectors
+from jattrib.grads.per_example import per_example
+
+RELATIVE_DAMPING = 0.1
+"""Of a leaf's or a module's mean eigenvalue: the default of all factored curvatures."""
+
+
+def fisher(
+    loss: OutputFn,
+    params: Params,
+    source: Source,
+    *,
+    chunk: int = 256,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: bool = True,
+) -> Params:
+    """Return the diagonal of the empirical Fisher matrix, `(1/n) Σ_i g_i²`, as a tree like the parameters.
+
+    Args:
+        loss: the loss of one example.
+        params: the parameters.
+        source: the n examples.
+        chunk: examples differentiated at once.
+        mesh: spreads the examples over its first axis.
+        progress: whether to show it.
+    """
+    statistic = Fold(
+        lambda: tree.zeros_like(params),
+        jax.tree_util.Partial(_squares, tree.callable_tree(loss), params),
+        lambda total: tree.scale(1 / len(source), total),
+    )
+    return stream.fold(statistic, source, chunk=chunk, mesh=mesh, label="diagonal", progress=progress)
+
+
+def inverse(
+    diagonal: Params, *, damping: float | int | None = None, relative_damping: float | int = RELATIVE_DAMPING
+) -> Operator:
+    """Return the preconditioner `v ↦ v / (d + λ)`, elementwise.
+
+    Args:
+        diagonal: d, from `fisher`.
+        damping: λ; when left out, each leaf has its own, `relative_damping` times its mean.
+        relative_damping: see there.
+
+    Raises:
+        InvalidInputError: a damped leaf is not positive.
+    """
+    ridges = jax.tree.map(lambda leaf: relative_damping * jnp.mean(leaf) if damping is None else damping, diagonal)
+    damped = jax.tree.map(lambda leaf, ridge: leaf + jnp.asarray(ridge, leaf.dtype), diagonal, ridges)
+    for name, leaf in tree.to_names(damped).items():
+        if leaf.size and not float(jnp.min(leaf)) > 0:
+            raise InvalidInputError(
+                f"a curvature of {float(jnp.min(leaf)):g} at {name!r}",
+                expected="positive numbers",
+                remedy="give a positive `damping`: no gradient reaches some of these parameters",
+            )
+    return jax.tree_util.Partial(_divide, damped)
+
+
+def _squares(loss: OutputFn, params: Params, batch: Batch, valid: Bool[Array, " b"]) -> Params:
+    gradients = per_example(loss, params, batch)
+    return jax.tree.map(lambda leaf: jnp.tensordot(valid.astype(leaf.dtype), jnp.square(leaf), axes=1), gradients)
+
+
+def _divide(damped: Params, vectors: Vectors) -> Vectors:
+    return jax.tree.map(lambda leaf, vector: vector / leaf[None], damped, vectors)
