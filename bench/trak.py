@@ -4,10 +4,11 @@
     jattrib bench trak --out bench/results/trak.jsonl
 
 Both sides featurise the same images at the same checkpoint (784-128-10, 101,770 parameters) in batches of the same size
-to k = 1,024, in float32, and write features and weights to disk as their pipelines do.  The package takes part twice:
-as it comes on a CPU (normal numbers, in blocks of 100 columns that are drawn anew for each batch) and, as the stronger
-opponent, with the whole matrix kept in memory, an option of its projector.  Neither side's first call counts:
-compilation here, drawing the whole matrix there.
+(three sizes: a random matrix that is made anew for each batch costs large ones least) to k = 1,024, in float32, and
+write features and weights to disk as their pipelines do.  The package takes part twice: as it comes on a CPU (normal
+numbers, in blocks of 100 columns that are drawn anew for each batch) and, as the stronger opponent, with the whole
+matrix kept in memory, an option of its projector.  Neither side's first call counts: compilation here, drawing the
+whole matrix there.
 """
 
 import itertools
@@ -29,7 +30,7 @@ from jattrib.projection import dense, sketch
 
 SIZES = (784, 128, 10)
 DIM = 1024
-BATCH = 256
+BATCHES = (64, 128, 256)
 EXAMPLES = 1024
 PACKAGES = ("torch", "traker")
 OTHERS = {"default": "traker, as it comes", "whole": "traker, whole matrix kept"}
@@ -38,30 +39,36 @@ OTHERS = {"default": "traker, as it comes", "whole": "traker, whole matrix kept"
 def run() -> list[harness.Row]:
     """Measure featurising, its memory, and ensembles."""
     harness.require("trak", "torch")
+    return [row for batch in BATCHES for row in featurizing(batch)] + ensemble.run()
+
+
+def featurizing(batch: int) -> list[harness.Row]:
+    """Measure featurising in batches of one size; the largest in memory, too."""
     projections = ("sketch", "dense")
-    sides = {name: ours(name) for name in projections} | {name: package(name) for name in OTHERS}
+    sides = {name: ours(name, batch) for name in projections} | {name: package(name, batch) for name in OTHERS}
     timings = harness.compare(sides, calls=3)
-    peaks = {name: harness.peak_memory("bench.trak:ours", name) for name in projections}
-    peaks |= {name: harness.peak_memory("bench.trak:package", name) for name in OTHERS}
-    note = f"MLP {'-'.join(map(str, SIZES))}, batch {BATCH}, k = {DIM}, {EXAMPLES} examples a call"
-    rows = []
-    for name, other in itertools.product(projections, OTHERS):
-        rows.append(
-            harness.rates(
-                f"featurize, {name}", timings[name], timings[other], work=EXAMPLES, unit="examples/s",
-                other_name=OTHERS[other], packages=PACKAGES, note=note,
-            )
-        )  # fmt: skip
-        rows.append(
-            harness.memories(
-                f"featurize, {name}, peak memory", peaks[name], peaks[other], other_name=OTHERS[other],
-                packages=PACKAGES, note=note,
-            )
-        )  # fmt: skip
-    return rows + ensemble.run()
+    note = f"MLP {'-'.join(map(str, SIZES))}, batch {batch}, k = {DIM}, {EXAMPLES} examples a call"
+    rows = [
+        harness.rates(
+            f"featurize, {name}, batch {batch}", timings[name], timings[other], work=EXAMPLES, unit="examples/s",
+            other_name=OTHERS[other], packages=PACKAGES, note=note,
+        )
+        for name, other in itertools.product(projections, OTHERS)
+    ]  # fmt: skip
+    if batch != max(BATCHES):
+        return rows
+    peaks = {name: harness.peak_memory("bench.trak:ours", name, batch) for name in projections}
+    peaks |= {name: harness.peak_memory("bench.trak:package", name, batch) for name in OTHERS}
+    return rows + [
+        harness.memories(
+            f"featurize, {name}, batch {batch}, peak memory", peaks[name], peaks[other], other_name=OTHERS[other],
+            packages=PACKAGES, note=note,
+        )
+        for name, other in itertools.product(projections, OTHERS)
+    ]  # fmt: skip
 
 
-def ours(projection: str) -> Callable[[], Any]:
+def ours(projection: str, batch: int) -> Callable[[], Any]:
     """Return the function that featurises with this package, into a store of its own."""
     projector = {"sketch": sketch.projector, "dense": dense.projector}[projection](DIM)
     model = mlp(SIZES[0], SIZES[1:-1], SIZES[-1])
@@ -74,14 +81,14 @@ def ours(projection: str) -> Callable[[], Any]:
                 Path(folder) / "features", arrays=trak.layout(projector), length=EXAMPLES, chunk=EXAMPLES, identity={}
             )
             return trak.features(
-                Margin(model.apply, state), params, source, projector=projector, key=key, chunk=BATCH, into=rows,
+                Margin(model.apply, state), params, source, projector=projector, key=key, chunk=batch, into=rows,
                 progress=False,
             )  # fmt: skip
 
     return work
 
 
-def package(variant: str) -> Callable[[], Any]:
+def package(variant: str, batch: int) -> Callable[[], Any]:
     """Return the function that featurises with the package, into its own store."""
     import torch
 
@@ -93,7 +100,7 @@ def package(variant: str) -> Callable[[], Any]:
     found = traker.make(
         traker.classifier(SIZES), Path(folder.name), examples=EXAMPLES, dim=DIM, whole_matrix=variant == "whole"
     )
-    state, batches = traker.state_from(params), list(traker.batches(examples(), BATCH))
+    state, batches = traker.state_from(params), list(traker.batches(examples(), batch))
 
     def work() -> Any:
         assert folder.name  # holds the folder as long as the function lives
