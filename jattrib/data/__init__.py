@@ -5,5 +5,6 @@
 * `synthetic`: data whose law is known
 * `text`: shards of tokens as a source of sequences
 * `idx`, `safetensors`: two file formats, read with every field checked
+* `margins`: margin arrays of other people's models, in NPY files
 * `excerpt`: the command that makes the embedded excerpt
 """

@@ -76,7 +76,7 @@ def test_epsilon_is_the_worst_of_all_attacks(delta):
     p[:, 3] = q[:, 3]
     found = membership.epsilon(p, q, delta=delta)
     expected = [every_attack(a, b, delta) for a, b in zip(p.T, q.T, strict=True)]
-    np.testing.assert_allclose(found.epsilon, expected, rtol=1e-10)
+    np.testing.assert_allclose(found.epsilon, expected, rtol=1e-10, atol=1e-12)
     assert np.isinf(found.epsilon[4:]).all()
     numbers = np.digitize(found.epsilon, 0.5 * np.arange(13))
     assert found.quality == pytest.approx(np.mean(2.0 / 2.0**numbers))
