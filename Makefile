@@ -35,11 +35,11 @@ demo: $(VENV)/.base
 	$(BIN)/jattrib run configs/attribution/trak_fashion_mnist.toml --out runs/demo
 
 test: $(VENV)/.dev $(AOT)/.ready
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu"
 	$(AOT)/bin/python -m pytest tests/compile -m "not slow and not gpu"
 
 test-all: $(VENV)/.dev $(AOT)/.ready
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu"
 	$(AOT)/bin/python -m pytest tests/compile -m "not gpu"
 
 check: $(VENV)/.dev

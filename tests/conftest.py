@@ -4,9 +4,10 @@
 import os
 import tempfile
 
-# Many tests, and the processes that some of them start, compile the same programs.
-CACHE = tempfile.TemporaryDirectory(prefix="jattrib-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+# Many tests, the workers that share them and the processes that some of them start compile the same programs.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="jattrib-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
