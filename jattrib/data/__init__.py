@@ -4,7 +4,8 @@
 * `masks`: seeded random subsets and leave-group-out masks
 * `synthetic`: data whose law is known
 * `text`: shards of tokens as a source of sequences
-* `idx`, `safetensors`: two file formats, read with every field checked
+* `corpus`: texts in the public domain, passages and sequences of bytes or characters; `debian`: where they come from
+* `idx`, `safetensors`, `lzw`: file formats, read with every field checked
 * `margins`: margin arrays of other people's models, in NPY files
 * `excerpt`: the command that makes the embedded excerpt
 """
