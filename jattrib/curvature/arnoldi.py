@@ -161,6 +161,7 @@ def _coordinates(basis: Vectors, vectors: Vectors) -> Float[Array, "q k"]:
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(along, basis, vectors)))
 
 
+@jax.jit
 def _within(basis: Vectors, factors: Float[Array, " k"], vectors: Vectors) -> Vectors:
     along = _coordinates(basis, vectors) * factors[None]
     return jax.tree.map(lambda w: jnp.tensordot(along, w, axes=1, precision="highest"), basis)

@@ -71,5 +71,6 @@ def _squares(loss: OutputFn, params: Params, batch: Batch, valid: Bool[Array, " 
     return jax.tree.map(lambda leaf: jnp.tensordot(valid.astype(leaf.dtype), jnp.square(leaf), axes=1), gradients)
 
 
+@jax.jit
 def _divide(damped: Params, vectors: Vectors) -> Vectors:
     return jax.tree.map(lambda leaf, vector: vector / leaf[None], damped, vectors)

@@ -56,6 +56,7 @@ def inverse(matrix: Float[Array, "p p"], *, damping: float | int = 0.0) -> Opera
     return jax.tree_util.Partial(_times, whole)
 
 
+@jax.jit
 def _times(matrix: Float[Array, "p p"], vectors: Vectors) -> Vectors:
     _, unravel = tree.ravel(jax.tree.map(lambda leaf: leaf[0], vectors))
     return jax.vmap(unravel)(jnp.matmul(_ravel_rows(vectors), matrix, precision="highest"))
