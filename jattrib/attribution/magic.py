@@ -1,0 +1,273 @@
+"""MAGIC: attribution by the exact derivative of one training run with respect to its data weights.
+
+Source: Ilyas and Engstrom 2025, "MAGIC: Near-optimal data attribution for deep learning"; Engstrom et al. 2025,
+"Optimizing ML training with metagradient descent".
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Key
+
+from jattrib.attribution import smoothness
+from jattrib.core import params, tree
+from jattrib.core.errors import InvalidInputError
+from jattrib.core.progress import track
+from jattrib.core.types import Batch, Params
+from jattrib.models.model import Apply
+from jattrib.models.outputs import cross_entropy
+from jattrib.train import replay
+from jattrib.train.replay import Inputs, Run
+
+SMOOTH = 0.9
+"""Below this metasmoothness `scores` warns."""
+
+ACCURATE = 0.5
+"""Above this relative error of the predicted outputs `scores` warns."""
+
+
+Parametrisation = Literal["clip", "softplus"]
+"""How weights are kept from becoming negative: cut off at zero, or `w = ln(1 + e^u)`."""
+
+
+class RoughTrainingWarning(UserWarning):
+    """Training is not smooth enough for its derivative to say what happens when weights change."""
+
+
+class Info(NamedTuple):
+    """What is known about the scores beside them.
+
+    Attributes:
+        values: the outputs after training at the given weights.
+        metasmoothness: along the removal of a few random examples (`smoothness.metasmoothness`); NaN without a key.
+        error: of the scores' prediction of that removal, relative, over queries; NaN without a key.
+        growth: how many times longer the derivative is on the way back than at the end; the median over queries.
+        causes: what may make training rough, where it was found to be.
+    """
+
+    values: Float[np.ndarray, " q"]
+    metasmoothness: float
+    error: float
+    growth: float
+    causes: tuple[str, ...]
+
+
+def scores(
+    output: replay.Output,
+    run: Run,
+    inputs: Inputs,
+    queries: Batch,
+    *,
+    key: Key[Array, ""] | None = None,
+    fraction: float = 0.05,
+    **settings: Any,
+) -> tuple[Float[Array, "n q"], Info]:
+    """Return `∂f(θ_T(w); z_j) / ∂w_i`, the scores `[source, query]`, and how far to trust them.
+
+    They are positive where more weight on the source raises the query's output.  Their scale is the change of the
+    output when the source's weight goes from 0 to 1, to first order, for this very run: its initial parameters, its
+    order, its batches.  Removing a set changes the output by minus the sum of its scores.
+
+    Args:
+        output: from the model's state to the output function, such as `functools.partial(Margin, model.apply)`.
+        run: the training run.
+        inputs: what it starts from; its weights are usually one each.
+        queries: examples, arrays with leading axis q.
+        key: draws the examples whose removal tests smoothness, by two more runs; None does not test.
+        fraction: how many of the examples those are.
+        settings: those of `replay.metagradient`: segments, blocks, checkpoints, directory, mesh.
+
+    Raises:
+        InvalidInputError: weights are not one an example, or as `replay.metagradient` says.
+        DivergedError: an output or a derivative is not finite.
+        StoreError: as `replay.metagradient` says.
+
+    Warns:
+        RoughTrainingWarning: training is too rough for its derivative to mean anything; the warning names the causes.
+
+    Source: Ilyas and Engstrom 2025, section 3.  The reference replays the run once a query.
+    """
+    if jnp.ndim(inputs.weights) != 1:
+        raise InvalidInputError(
+            f"weights of shape {jnp.shape(inputs.weights)}",
+            expected="one weight an example",
+            remedy="pass jnp.ones(n); for single draws call train.replay.metagradient itself",
+        )
+    found = replay.metagradient(output, run, inputs, queries, **settings)
+    line, causes = smoothness.Probe(float("nan"), float("nan")), ()
+    if key is not None:
+        direction = smoothness.removal(jnp.asarray(inputs.weights), fraction, key)
+        line = smoothness.probe(output, run, inputs, queries, found, direction)
+        if line.metasmoothness < SMOOTH or line.error > ACCURATE:
+            causes = smoothness.causes(run, inputs, found)
+            _warn(line, fraction, causes)
+    info = Info(np.asarray(found.values), *line, smoothness.growth(found), causes)
+    return found.weights, info
+
+
+def _warn(line: smoothness.Probe, fraction: float, causes: tuple[str, ...]) -> None:
+    told = "".join(f"\n  - {cause}" for cause in causes) or "\n  - none was found; try fewer steps or larger batches"
+    warnings.warn(
+        f"training is not smooth enough for its derivative to mean much: removing {fraction:.1%} of the examples has a "
+        f"metasmoothness of {line.metasmoothness:.2f} (at least {SMOOTH} is good), and the scores predict its effect "
+        f"with a relative error of {line.error:.2f} (at most {ACCURATE})\n  likely causes:{told}",
+        RoughTrainingWarning,
+        stacklevel=3,
+    )
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["apply"])
+@dataclass(frozen=True)
+class MeanLoss:
+    """The output function `(params, (x, y)) -> mean cross-entropy` in nats of a whole set, in evaluation mode."""
+
+    apply: Apply
+    state: Any
+
+    def __call__(self, params: Params, batch: Batch, /) -> Float[Array, ""]:
+        """Return the mean loss on a batch."""
+        x, y = batch
+        logits, _ = self.apply(params, self.state, x, train=False)
+        return jax.vmap(cross_entropy)(logits, y).mean()
+
+
+class Descent(NamedTuple):
+    """What descending on data weights found.
+
+    Attributes:
+        weights: those of the step at which `monitored`, or `values` if there is no monitor, was lowest.
+        values: the objective at each step's weights, the initial ones first.
+        monitored: the objective on the monitor, likewise.
+        step: of `weights`, counted from 0.
+        last: the weights after the last step.
+    """
+
+    weights: Float[Array, " n"]
+    values: Float[np.ndarray, " steps"]
+    monitored: Float[np.ndarray, " steps"] | None
+    step: int
+    last: Float[Array, " n"]
+
+
+def descend(
+    output: replay.Output,
+    run: Run,
+    inputs: Inputs,
+    heldout: Batch,
+    *,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    parametrisation: Parametrisation = "clip",
+    monitor: Batch | None = None,
+    directory: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Descent:
+    """Descend an objective of the trained model on the data weights, by metagradients; weights stay at least zero.
+
+    `u ← u − update(∂f(θ_T(w(u)); heldout) / ∂u)`, with w = u, cut off at zero after each step, or w = ln(1 + e^u).
+
+    A step costs a replay with one query.  The derivative by a single weight is of the order of 1/n, so plain gradient
+    descent needs a rate of that many; `optax.sign_sgd(0.2)` and `optax.adam(0.1)` do not care.
+
+    Args:
+        output: from the model's state to the objective, such as `functools.partial(MeanLoss, model.apply)`.
+        run: the training run.
+        inputs: what it starts from, the first weights (one an example) among them.
+        heldout: what the objective takes: validation examples.
+        optimizer: of the weights; an optax transformation.
+        steps: how many.
+        parametrisation: see above; `softplus` begins at `ln(e^w − 1)`, so weights must be positive.
+        monitor: other examples, whose objective chooses among the steps' weights: those of `heldout` are soon fitted.
+        directory: keeps every step; a killed descent that is called again goes on from there, to the same bits.
+        identity: what else the run depends on, to refuse a directory of another.
+        progress: whether to show it.
+        settings: those of `replay.metagradient`.
+
+    Raises:
+        InvalidInputError: weights are not one an example, are negative, or are zero where `softplus` is asked for.
+        DivergedError: the objective or its derivative is not finite.
+        StoreError: `directory` cannot be written, belongs to another descent, or is damaged.
+
+    Source: Engstrom et al. 2025, section 4 (metagradient descent), whose steps are signs, on a random part of the data.
+    """
+    raw = _raw(jnp.asarray(inputs.weights), parametrisation)
+    empty = np.full(steps + 1, np.nan)
+    state = _Step(np.int32(0), raw, optimizer.init(raw), raw, empty, empty.copy())
+    if directory is not None:
+        parts = {"data": run.data, "order": run.order, "inputs": inputs, "heldout": heldout, "monitor": monitor}
+        digests = {name: tree.digest(part) for name, part in parts.items()}
+        identity = {**digests, "steps": steps, "parametrisation": parametrisation, **(identity or {})}
+        state = params.load_params(directory, state, identity) if params.exists(directory) else state
+    queries = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], heldout)
+    objective = jax.jit(lambda end, batch: output(end[1])(end[0], batch))
+    with track(steps + 1, "descending", progress=progress) as report:
+        report(int(state.number))
+        for number in range(int(state.number), steps + 1):
+            here = inputs._replace(weights=_weights(state.raw, parametrisation))
+            found = replay.metagradient(output, run, here, queries, progress=False, **settings)
+            state.values[number] = found.values[0]
+            if monitor is not None:
+                state.monitored[number] = objective(found.trained, monitor)
+            watched = state.values if monitor is None else state.monitored
+            best = state.raw if watched[number] <= np.nanmin(watched[: number + 1]) else state.best
+            raw, moments = _update(optimizer, state, found.weights[:, 0], parametrisation)
+            last = number == steps
+            state = state._replace(
+                number=np.int32(number + 1), best=best, moments=moments, raw=state.raw if last else raw
+            )
+            if directory is not None:
+                params.save_params(directory, state, identity)
+            report(1)
+    watched = state.values if monitor is None else state.monitored
+    return Descent(
+        _weights(state.best, parametrisation), state.values, None if monitor is None else state.monitored,
+        int(np.nanargmin(watched)), _weights(state.raw, parametrisation),
+    )  # fmt: skip
+
+
+class _Step(NamedTuple):
+    number: Any
+    raw: Any
+    moments: optax.OptState
+    best: Any
+    values: Any
+    monitored: Any
+
+
+def _update(
+    optimizer: optax.GradientTransformation,
+    state: _Step,
+    gradient: Float[Array, " n"],
+    parametrisation: Parametrisation,
+) -> tuple[Float[Array, " n"], optax.OptState]:
+    if parametrisation == "softplus":
+        gradient = gradient * jax.nn.sigmoid(state.raw)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises decay rates to the power of an integer count
+        updates, moments = optimizer.update(gradient, state.moments, state.raw)
+    raw = state.raw + jnp.asarray(updates, state.raw.dtype)
+    return (jnp.maximum(raw, 0) if parametrisation == "clip" else raw), moments
+
+
+def _weights(raw: Float[Array, " n"], parametrisation: Parametrisation) -> Float[Array, " n"]:
+    return raw if parametrisation == "clip" else jax.nn.softplus(raw)
+
+
+def _raw(weights: Float[Array, "..."], parametrisation: Parametrisation) -> Float[Array, " n"]:
+    lowest = weights.min() if weights.ndim == 1 else jnp.asarray(jnp.nan)
+    if not (lowest >= 0 if parametrisation == "clip" else lowest > 0):
+        raise InvalidInputError(
+            f"weights of shape {weights.shape} from {lowest:.3g}, with parametrisation {parametrisation!r}",
+            expected="one an example, at least zero; above zero for 'softplus'",
+            remedy="begin at jnp.ones(n)",
+        )
+    return weights if parametrisation == "clip" else weights + jnp.log(-jnp.expm1(-weights))
