@@ -1,10 +1,11 @@
-"""Arrays from safetensors files: a JSON header with each array's dtype, shape and bytes, then the bytes.
+"""Arrays from and to safetensors files: a JSON header with each array's dtype, shape and bytes, then the bytes.
 
 Source: the format's description in the repository huggingface/safetensors, README, "Format".
 """
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from jattrib.core import files
 from jattrib.core.errors import InvalidInputError, StoreError
 
 _DTYPES = {
@@ -50,6 +52,44 @@ def read(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     entries = _entries(path, header)
     _check_cover(path, entries, len(data))
     return {name: _array(path, name, entry, data) for name, entry in entries.items()}
+
+
+def write(
+    path: str | Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays, in the order of their names; what was there before stays until the new file is complete.
+
+    Raises:
+        InvalidInputError: an array has a dtype that the format does not know.
+        StoreError: the file cannot be written.
+    """
+    path = Path(path)
+    known = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in sorted(arrays):
+        array = arrays[name]
+        if array.dtype.newbyteorder("<") not in known:
+            raise InvalidInputError(
+                f"{name} of dtype {array.dtype}", expected=f"one of {', '.join(_DTYPES)}", remedy="cast it"
+            )
+        begin, end = end, end + array.nbytes
+        kind = known[array.dtype.newbyteorder("<")]
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with files.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = files.beside(path)
+        try:
+            with partial.open("wb") as stream:
+                stream.write(len(text).to_bytes(8, "little") + text)
+                for name in sorted(arrays):
+                    little = np.ascontiguousarray(arrays[name]).astype(arrays[name].dtype.newbyteorder("<"), copy=False)
+                    stream.write(little.reshape(-1).view(np.uint8).data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _entries(path: Path, header: bytes) -> dict[str, Any]:

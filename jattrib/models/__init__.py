@@ -3,5 +3,6 @@
 * `model`: `Model`, the pair `(init, apply)` that the rest of the house works with
 * `adapt`: the door for Flax NNX, Flax Linen, Equinox-style pytrees and plain functions
 * `mlp`, `resnet`, `gpt`: the models that come with the house
+* `hf`, `hf_config`: decoders read and written in Hugging Face's layout
 * `outputs`: margins, log-odds and losses, of labels and of sequences, from logits
 """

@@ -76,3 +76,25 @@ def test_a_header_longer_than_its_file_is_not_read(tmp_path):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(StoreError, match="none: No such file"):
         safetensors.read(tmp_path / "none")
+
+
+def test_what_is_written_is_what_the_format_says(tmp_path):
+    arrays = {"w": np.array([[1, 2, 3], [4, 5, 6]], np.float32), "b": np.array([-7]), "e": np.zeros((0, 2), np.int8)}
+    path = tmp_path / "new" / "a"
+    safetensors.write(path, {**arrays, "t": arrays["w"].T}, metadata={"format": "pt"})
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    assert length % 8 == 0
+    header = json.loads(content[8 : 8 + length])
+    assert header["__metadata__"] == {"format": "pt"}
+    assert header["b"] == {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}
+    assert header["w"]["data_offsets"] == [32, 56]
+    assert content[8 + length + 32 :] == struct.pack("<6f", 1, 2, 3, 4, 5, 6)
+    again = safetensors.read(path)
+    np.testing.assert_array_equal(again["t"], arrays["w"].T)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(again[name], array)
+    with pytest.raises(InvalidInputError, match="c of dtype complex64"):
+        safetensors.write(path, {"c": np.zeros(1, np.complex64)})
+    assert path.read_bytes() == content
+    assert [each.name for each in path.parent.iterdir()] == ["a"]
