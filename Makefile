@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 AOT := .venv-aot
+BENCHES := trak projection kernel_inverse
 export JAX_PLATFORMS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -49,7 +50,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.peers
-	$(BIN)/jattrib bench trak --out bench/results/trak.jsonl
+	set -e; for name in $(BENCHES); do $(BIN)/jattrib bench $$name --out bench/results/$$name.jsonl; done
 
 clean:
 	rm -rf $(VENV) $(AOT) runs

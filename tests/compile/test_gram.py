@@ -44,10 +44,17 @@ PROGRAMS = [
     ),
     *(Program("gram", str(case), "h200", False, partial(alone, case, "pallas_gpu"), OWN) for case in cases.COMPILED),
 ]
-QUICK = [program for program in PROGRAMS if program.chip in ("v5e", "h200") and "k1024" in program.case]
-QUICK += [program for program in PROGRAMS if program.chip == "v5e" and "-n-and-k" in program.case]
+
+
+def quick(program):
+    """On every chip, alone, the smaller cases; over 256, one spread on every chip and the others on one."""
+    if not program.pod:
+        return "k1024" in program.case
+    return program.case.endswith("-n-and-k") or (program.chip == "v5e" and "compensated" not in program.case)
+
+
 PARAMETERS = [
-    pytest.param(program, id=str(program), marks=() if program in QUICK else pytest.mark.slow) for program in PROGRAMS
+    pytest.param(program, id=str(program), marks=() if quick(program) else pytest.mark.slow) for program in PROGRAMS
 ]
 
 

@@ -76,17 +76,21 @@ def programs():
 
 
 PROGRAMS = list(programs())
-QUICK = {
-    "v5e-mlp",
-    "v5e-copies-transpose",
-    "v5e-pod-mlp-coordinates",
-    "v5e-pod-mlp-columns",
-    "v7x-pod-mlp-bfloat16-rows",
-}
-QUICK |= {"h200-mlp", "h200-mlp-bfloat16"}
+
+
+def quick(program):
+    """On every chip, there and back, alone and spread in every way, one case; all cases on one TPU and on the H200."""
+    smallest = program.case in (
+        "mlp",
+        "mlp-transpose",
+        *(f"mlp-{way}" for way in WAYS),
+        *(f"mlp-transpose-{way}" for way in WAYS),
+    )
+    return smallest or (not program.pod and program.chip in ("v5e", "h200"))
+
+
 PARAMETERS = [
-    pytest.param(program, id=str(program), marks=() if str(program) in QUICK else pytest.mark.slow)
-    for program in PROGRAMS
+    pytest.param(program, id=str(program), marks=() if quick(program) else pytest.mark.slow) for program in PROGRAMS
 ]
 
 
@@ -108,5 +112,10 @@ def test_it_compiles_and_fits(program, tmp_path):
     assert collective == "reduce-scatter" or not any(name in text for name in others)
 
 
-def test_quick_programs_exist():
-    assert {str(program) for program in PROGRAMS} >= QUICK
+def test_every_chip_is_among_the_quick_programs():
+    some = [program for program in PROGRAMS if quick(program)]
+    for pod in (False, True):
+        assert {program.chip for program in some if program.pod == pod} >= set(topology.TPUS)
+    assert {program.case for program in some if program.chip == "h200"} == {
+        f"{case.name.replace(' ', '-')}{'-transpose' * back}" for case in cases.LARGE for back in (False, True)
+    }
