@@ -6,11 +6,13 @@ ensemble resumes and a longer one extends a shorter one; and a mesh spreads the 
 """
 
 import hashlib
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +26,17 @@ from jattrib.core.types import Batch
 from jattrib.models.model import Model
 from jattrib.train import loop
 
-Strategy = Literal["vmap", "map", "steps"]
+Strategy = Literal["vmap", "map", "threads", "steps"]
 """How a device runs the models of a chunk.
 
-`vmap`: side by side, in one program.  `map`: one after another, in one program.  `steps`: one after another, a call a
-step, for programs that the compiler makes slow inside a loop (convolutions on the CPU); it takes no mesh.
+`vmap`: side by side, in one program.  `map`: one after another, in one program.  `threads`, for the CPU: as many at a
+time as there are cores, each in a program of one thread, so that no core waits for another.  `steps`: one after
+another, a call a step, for programs that the compiler makes slow inside a loop (convolutions on the CPU).  The last
+two take no mesh.
 """
+
+CALLS: tuple[Strategy, ...] = ("threads", "steps")
+"""The strategies that are Python around compiled programs, not a program."""
 
 PROBE_STEPS = 16
 """Steps by which `choose` compares strategies."""
@@ -139,7 +146,7 @@ def collect(
         _check_members(into, members)
     found = stream.map_rows(
         partial(_train_chunk, ensemble), operand, members, chunk=ensemble.width, mesh=mesh, into=into, label=label,
-        check=_check_finite, compiled=ensemble.strategy != "steps",
+        check=_check_finite, compiled=ensemble.strategy not in CALLS,
     )  # fmt: skip
     if into is not None:
         found = tree.from_names(like, {name: into.array(name) for name in tree.to_names(like)})
@@ -155,14 +162,19 @@ def choose(
     members = _MemberSource(masks, keys).take(chosen)
     operand = (tree.callable_tree(_nothing), jax.tree.map(jnp.asarray, data))
     seconds: dict[Strategy, float] = {}
-    for strategy in ("vmap", "map", "steps"):
+    for strategy in get_args(Strategy):
         run = partial(_train_chunk, ensemble._replace(plan=plan, strategy=strategy))
-        run = run if strategy == "steps" else jax.jit(run)
+        run = run if strategy in CALLS else jax.jit(run)
         jax.block_until_ready(run(operand, members))  # compiles
         begun = time.perf_counter()
         jax.block_until_ready(run(operand, members))
         seconds[strategy] = (time.perf_counter() - begun) / ensemble.width
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def whole(trained: loop.Trained) -> loop.Trained:
@@ -172,6 +184,10 @@ def whole(trained: loop.Trained) -> loop.Trained:
 
 def _nothing(trained: loop.Trained) -> Float[Array, ""]:
     return trained.losses[-1]
+
+
+_Rows = dict[str, PyTree]
+"""What is kept of members: outputs and losses."""
 
 
 class _MemberSource(NamedTuple):
@@ -193,27 +209,37 @@ class _MemberSource(NamedTuple):
         return {"masks": masks, "keys": words, "names": np.frombuffer(b"".join(names), np.uint8).reshape(-1, 32)}
 
 
-def _train_chunk(
-    ensemble: Ensemble, operand: tuple[Callable[[loop.Trained], PyTree], Batch], members: Mapping[str, Any]
-) -> dict[str, PyTree]:
+Operand = tuple[Callable[[loop.Trained], PyTree], Batch]
+"""What is wanted of a trained model, and the data."""
+
+
+def _train_chunk(ensemble: Ensemble, operand: Operand, members: Mapping[str, Any]) -> dict[str, PyTree]:
     """Train the members of a chunk: the rows of the pass."""
-    outputs, data = operand
     keys = jax.random.wrap_key_data(members["keys"])
-    run = {"vmap": _side_by_side, "map": _one_by_one, "steps": _step_by_step}[ensemble.strategy]
-    trained = run(ensemble, data, jnp.asarray(members["masks"]), keys)
-    return {"outputs": jax.vmap(outputs)(trained), "losses": trained.losses, "names": members["names"]}
+    run = {"vmap": _side_by_side, "map": _one_by_one, "threads": _core_by_core, "steps": _step_by_step}
+    found = run[ensemble.strategy](ensemble, operand, jnp.asarray(members["masks"]), keys)
+    return {**found, "names": members["names"]}
 
 
-def _side_by_side(ensemble: Ensemble, data: Batch, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> loop.Trained:
-    return jax.vmap(partial(_train_member, ensemble, data))(masks, keys)
+def _side_by_side(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> _Rows:
+    return jax.vmap(partial(_train_member, ensemble, operand))(masks, keys)
 
 
-def _one_by_one(ensemble: Ensemble, data: Batch, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> loop.Trained:
-    return jax.lax.map(lambda member: _train_member(ensemble, data, *member), (masks, keys))
+def _one_by_one(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> _Rows:
+    return jax.lax.map(lambda member: _train_member(ensemble, operand, *member), (masks, keys))
 
 
-def _step_by_step(ensemble: Ensemble, data: Batch, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> loop.Trained:
-    trained = []
+def _core_by_core(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> _Rows:
+    def row(mask: Bool[Array, " n"], key: Key[Array, ""]) -> _Rows:
+        return jax.block_until_ready(_train_on_one_core(ensemble, operand, mask, key))
+
+    with ThreadPoolExecutor(cores()) as pool:
+        return _stack(pool.map(row, masks, keys))
+
+
+def _step_by_step(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> _Rows:
+    outputs, data = operand
+    found = []
     for mask, key in zip(masks, keys, strict=True):
         start = _start_jitted(ensemble, mask, key)
         carry: loop.Carry = (*start.initial, ensemble.optimizer.init(start.initial[0]))
@@ -223,8 +249,12 @@ def _step_by_step(ensemble: Ensemble, data: Batch, masks: Bool[Array, "w n"], ke
             carry, value = _one_step(ensemble, data, start.weights, carry, order)
             values.append(value)
         losses = jnp.stack(values).reshape(ensemble.plan.epochs, -1).mean(axis=1)
-        trained.append(loop.Trained(carry[0], carry[1], losses))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained)
+        found.append(_finish_jitted(outputs, loop.Trained(carry[0], carry[1], losses)))
+    return _stack(found)
+
+
+def _stack(rows: Iterable[_Rows]) -> _Rows:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
 class _Start(NamedTuple):
@@ -251,12 +281,24 @@ def _one_step(ensemble: Ensemble, data: Batch, weights: Any, carry: loop.Carry, 
     return loop.step(loop.classification_loss(ensemble.model), ensemble.optimizer, data, weights)(carry, row)
 
 
-def _train_member(ensemble: Ensemble, data: Batch, mask: Bool[Array, " n"], key: Key[Array, ""]) -> loop.Trained:
+def _train_member(ensemble: Ensemble, operand: Operand, mask: Bool[Array, " n"], key: Key[Array, ""]) -> _Rows:
+    outputs, data = operand
     start = _start(ensemble, mask, key)
-    return loop.train(
+    trained = loop.train(
         loop.classification_loss(ensemble.model), ensemble.optimizer, start.initial, data, start.order,
         weights=start.weights, epochs=ensemble.plan.epochs,
     )  # fmt: skip
+    return _finish(outputs, trained)
+
+
+_train_on_one_core = jax.jit(_train_member, static_argnums=0, compiler_options={"xla_cpu_multi_thread_eigen": False})
+
+
+def _finish(outputs: Callable[[loop.Trained], PyTree], trained: loop.Trained) -> _Rows:
+    return {"outputs": outputs(trained), "losses": trained.losses}
+
+
+_finish_jitted = jax.jit(_finish)
 
 
 def _identity(ensemble: Ensemble, data: Batch) -> dict[str, Any]:
@@ -287,10 +329,11 @@ def _check(
             expected=f"from 1 to plan.size = {ensemble.plan.size} of them",
             remedy="drop empty masks, and set plan.size to the count of the largest mask",
         )
-    if mesh is not None and ensemble.strategy == "steps":
+    if mesh is not None and ensemble.strategy in CALLS:
         raise InvalidInputError(
-            "strategy 'steps' on a mesh", expected="'vmap' or 'map'", remedy="choose either, or pass no mesh"
-        )
+            f"strategy {ensemble.strategy!r} on a mesh", expected="'vmap' or 'map'",
+            remedy="choose either, or pass no mesh",
+        )  # fmt: skip
 
 
 def _check_members(rows: store.Rows, members: _MemberSource) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Batch, Params
@@ -94,20 +94,59 @@ def schedule(key: Key[Array, ""], mask: Bool[Array, " n"], plan: Plan) -> Schedu
     """Draw the order of a run: for each epoch, a fresh permutation of the examples that the mask includes.
 
     It depends on `key`, `mask` and `plan` alone.  Where the mask includes fewer than `plan.size`, the shortfall is
-    padding at the end of each epoch.
+    padding at the end of each epoch, which repeats included examples: batch statistics never see an excluded one.
     """
-    slots = plan.steps_per_epoch * plan.batch_size
-    valid = jnp.arange(slots) < jnp.minimum(plan.size, mask.sum())
+    slots = jnp.arange(plan.steps_per_epoch * plan.batch_size)
+    count = jnp.minimum(plan.size, mask.sum())
+    valid = slots < count
 
     def epoch(key: Key[Array, ""]) -> Int[Array, " slots"]:
         draws = jax.random.bits(key, mask.shape, jnp.uint32) >> 1
         last = jnp.asarray(2**32 - 1, jnp.uint32)
-        order = jnp.argsort(jnp.where(mask, draws, last))
-        return jnp.resize(order[: plan.size], (slots,)).astype(jnp.int32)
+        order = _argsort(jnp.where(mask, draws, last))
+        return order.at[slots % jnp.maximum(count, 1)].get(mode="promise_in_bounds")
 
     indices = jax.vmap(epoch)(jax.random.split(key, plan.epochs))
     shape = (plan.steps, plan.batch_size)
-    return Schedule(indices.reshape(shape), jnp.broadcast_to(valid, (plan.epochs, slots)).reshape(shape))
+    return Schedule(indices.reshape(shape), jnp.broadcast_to(valid, (plan.epochs, len(valid))).reshape(shape))
+
+
+def _argsort(values: UInt32[Array, " n"]) -> Int[Array, " n"]:
+    """Return the stable order of random words.
+
+    Plain words sort several times faster than pairs on the CPU: sort the high bits with the index in place of the low
+    ones, then exchange neighbours, of which few are the wrong way round, until none is.
+    """
+    n = len(values)
+    index = jnp.asarray((1 << (n - 1).bit_length()) - 1, jnp.uint32)
+    packed = jnp.sort((values & ~index) | jnp.arange(n, dtype=jnp.uint32))
+
+    def unsorted(order: Int[Array, " n"]) -> Bool[Array, ""]:
+        found = values[order]
+        return (found[:-1] > found[1:]).any()
+
+    def exchange(order: Int[Array, " n"]) -> Int[Array, " n"]:
+        for first in (0, 1):
+            stop = first + (n - first) // 2 * 2
+            pairs = order[first:stop].reshape(-1, 2)
+            left, right = values[pairs[:, 0]], values[pairs[:, 1]]
+            order = order.at[first:stop].set(jnp.where((left > right)[:, None], pairs[:, ::-1], pairs).reshape(-1))
+        return order
+
+    return jax.lax.while_loop(unsorted, exchange, (packed & index).astype(jnp.int32))
+
+
+def take(data: Batch, indices: Int[Array, " b"]) -> Batch:
+    """Return the examples at `indices`, which must be in range.
+
+    Whole rows of a matrix are the only gather that the CPU does at the speed of a copy.
+    """
+
+    def leaf(rows: Any) -> Array:
+        found = rows.reshape(len(rows), -1).at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
+        return found.reshape(len(indices), *rows.shape[1:])
+
+    return jax.tree.map(leaf, data)
 
 
 def step(
@@ -119,7 +158,7 @@ def step(
     """Return one optimiser step as a function `(carry, its row of the schedule) -> (carry, loss)`."""
 
     def objective(params: Params, state: Any, row: Schedule) -> tuple[Float[Array, ""], Any]:
-        losses, state = loss(params, state, jax.tree.map(lambda leaf: leaf[row.indices], data))
+        losses, state = loss(params, state, take(data, row.indices))
         kept = row.valid.astype(losses.dtype)
         weighted = kept if weights is None else kept * weights[row.indices].astype(losses.dtype)
         weighted = weighted if row.weights is None else weighted * row.weights.astype(losses.dtype)
