@@ -65,7 +65,7 @@ class Config(configs.Room, frozen=True):
     model: configs.Model
     training: configs.Training
     evaluation: Evaluation = Evaluation()
-    strategy: Literal["auto", "vmap", "map", "steps"] = "auto"
+    strategy: Literal["auto", "vmap", "map", "threads", "steps"] = "auto"
     width: configs.Count = 16
     seed: int = 0
 
@@ -214,13 +214,18 @@ def retrain_fixed(
     )
     members, key = paired(config, task)
     every = np.concatenate([np.ones((1, masks.shape[1]), bool), masks])
-    with rundir.stage(directory, f"{name}_{fraction:g}".replace(".", "_")) as folder:
+    with rundir.stage(directory, fixed_stage(name, fraction)) as folder:
         outputs = ensemble.collect(
             query_margins(task), members, tuple(task.train), every, key[np.zeros(len(every), int)],
             directory=folder / "margins", identity={**task.identity, "queries": tree.digest(task.queries)},
             label=f"retraining without {fraction:.1%}",
         )  # fmt: skip
     return FixedTruth(masks, outputs[1:], outputs[0])
+
+
+def fixed_stage(name: str, fraction: float) -> str:
+    """Return what the stage of `retrain_fixed` is called."""
+    return f"{name}_{fraction:g}".replace(".", "_")
 
 
 def paired(config: Config, task: Task) -> tuple[ensemble.Ensemble, Key[Array, " 1"]]:
