@@ -103,6 +103,20 @@ def brittleness(
     return Brittleness(sizes, holds, limit, before, tuple(trials), rounds)
 
 
+def select(found: Brittleness, queries: Int[np.ndarray, " k"]) -> Brittleness:
+    """Return what was found for some of the queries, which are counted anew in their trials.
+
+    Several rankings of the same queries can be bisected at once as the columns of one array, and taken apart again.
+    """
+    place = {query: number for number, query in enumerate(queries.tolist())}
+    return found._replace(
+        sizes=found.sizes[queries],
+        holds=found.holds[queries],
+        before=found.before[queries],
+        trials=tuple(trial._replace(query=place[trial.query]) for trial in found.trials if trial.query in place),
+    )
+
+
 def flipped(
     found: Brittleness, sizes: Int[np.ndarray, " sizes"], *, confidence: float = 0.95, correct_only: bool = True
 ) -> Flipped:

@@ -54,7 +54,13 @@ def _trak() -> Recipe:
     return Recipe(trak.Config, trak.run)
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"trak": _trak}
+def _comparison() -> Recipe:
+    from jattrib.recipes import comparison
+
+    return Recipe(comparison.Config, comparison.run)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"trak": _trak, "comparison": _comparison}
 """Every recipe by the name that configs give it; imported when asked for, since recipes import JAX."""
 
 

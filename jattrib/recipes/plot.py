@@ -117,12 +117,33 @@ def line_with_band(
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     for name, value in (references or {}).items():
-        axes.axhline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1)
-        axes.annotate(
-            name, (0, value), (2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=MUTED,
-            fontsize=8.5,
-        )  # fmt: skip
+        _reference(axes, name, value)
     axes.margins(y=0.1)
+    return figure
+
+
+def named_points(
+    x: Float[np.ndarray, " n"],
+    y: Float[np.ndarray, " n"],
+    low: Float[np.ndarray, " n"],
+    high: Float[np.ndarray, " n"],
+    *,
+    names: Sequence[str],
+    labels: Labels,
+    references: Mapping[str, float] | None = None,
+) -> Figure:
+    """Draw points with intervals over a logarithmic axis, each with its name beside it, and dashed reference lines."""
+    figure, axes = _figure(labels, height=4.6)
+    axes.set_xscale("log")
+    axes.errorbar(x, y, yerr=[y - low, high - y], fmt="o", color=BLUE, ecolor=RULE, elinewidth=1.4, markersize=5)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.margins(x=0.14, y=0.08)
+    for name, value in (references or {}).items():
+        _reference(axes, name, value)
+    figure.draw_without_rendering()  # places are known in points only then
+    _name_points(
+        axes, axes.transData.transform(np.stack([x, y], axis=1)) * 72 / DPI, list(zip(x, y, strict=True)), names
+    )
     return figure
 
 
@@ -275,6 +296,36 @@ def _show(figure: Figure, thumbnail: Thumbnail, place: tuple[float, float, float
         axes.imshow(thumbnail.image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.axis("off")
         axes.text(0.5, -0.06, thumbnail.caption, transform=axes.transAxes, ha="center", va="top", fontsize=size)
+
+
+def _reference(axes: Axes, name: str, value: float) -> None:
+    axes.axhline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1)
+    axes.annotate(
+        name, (0, value), (2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=MUTED,
+        fontsize=8.5,
+    )  # fmt: skip
+
+
+def _name_points(
+    axes: Axes, places: Float[np.ndarray, "n 2"], data: Sequence[tuple[float, float]], names: Sequence[str]
+) -> None:
+    """Write each point's name right or left of it, and up or down until it lies on no point and no other name."""
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    for (x, y), point, name in sorted(zip(places, data, names, strict=True), key=lambda item: -item[0][1]):
+        width = 4.6 * len(name)
+        rises = sorted((10.0 * step for step in range(-6, 7)), key=abs)
+        options = [(side, rise) for rise in rises for side in (7.0, -7.0 - width)]
+
+        def free(option: tuple[float, float], x: float = x, y: float = y, width: float = width) -> bool:
+            left, bottom = x + option[0], y + option[1] - 5
+            return all(
+                right <= left or left + width <= begin or top <= bottom or bottom + 10 <= under
+                for begin, under, right, top in taken
+            )
+
+        side, rise = next(filter(free, options), options[0])
+        taken.append((x + side, y + rise - 5, x + side + width, y + rise + 5))
+        axes.annotate(name, point, (side, rise), textcoords="offset points", va="center", color=INK, fontsize=8)
 
 
 def _name_ends(axes: Axes, x: float, ends: Float[np.ndarray, " n"], names: Sequence[str], *, points: float) -> None:

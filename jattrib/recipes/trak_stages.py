@@ -138,6 +138,16 @@ def featurize(config: Config, task: Task, trained: Trained, folder: Path) -> lis
 
 def choose_damping(config: Config, features: list[Checkpoint], held_out: Truth) -> Choice:
     """Return the ridge whose scores rank the held-out models best."""
+    measured = []
+    for scores in scores_by_damping(config, features).values():
+        predicted, actual = lds.predict(scores, held_out.masks), held_out.outputs.mean(axis=1)
+        measured.append(float(np.nanmean(spearman(predicted, actual).values)))
+    dampings = config.method.dampings
+    return Choice(dampings, tuple(measured), dampings[int(np.argmax(measured))])
+
+
+def scores_by_damping(config: Config, features: list[Checkpoint]) -> dict[float, Float[np.ndarray, "n q"]]:
+    """Return the scores of all the checkpoints together for each of the config's ridges."""
     method = config.method
     totals: dict[float, trak.Total] = {}
     with track(len(features), "choosing the ridge") as advance:
@@ -148,12 +158,7 @@ def choose_damping(config: Config, features: list[Checkpoint], held_out: Truth) 
                 part = trak.products(checkpoint.train, checkpoint.queries.gradients, damping=damping * unit, gram=gram)
                 totals[damping] = trak.add(totals.get(damping), part)
             advance(1)
-    measured = []
-    for damping in method.dampings:
-        scores = np.asarray(trak.mean(totals[damping], combination=method.combination))
-        predicted, actual = lds.predict(scores, held_out.masks), held_out.outputs.mean(axis=1)
-        measured.append(float(np.nanmean(spearman(predicted, actual).values)))
-    return Choice(method.dampings, tuple(measured), method.dampings[int(np.argmax(measured))])
+    return {damping: np.asarray(trak.mean(total, combination=method.combination)) for damping, total in totals.items()}
 
 
 def attribute(config: Config, task: Task, features: list[Checkpoint], choice: Choice, truth: Truth) -> Found:

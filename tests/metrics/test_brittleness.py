@@ -71,6 +71,17 @@ def test_a_worse_ranking_needs_more():
     assert (bad.sizes > 10).all()
 
 
+def test_selected_queries_are_those_bisected_alone():
+    world = World(WANTED)
+    found = brittleness.brittleness(world.scores, world.retrain, limit=20)
+    chosen = np.array([3, 1])
+    part = brittleness.select(found, chosen)
+    alone = brittleness.brittleness(world.scores[:, chosen], lambda masks: world.retrain(masks)[:, chosen], limit=20)
+    for name in ("sizes", "holds", "before"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(alone, name))
+    assert sorted(part.trials) == sorted(alone.trials)
+
+
 def test_curve_is_a_proportion_with_wilsons_interval():
     world = World(WANTED)
     found = brittleness.brittleness(world.scores, world.retrain, limit=20)
