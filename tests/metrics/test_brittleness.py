@@ -79,7 +79,7 @@ def test_selected_queries_are_those_bisected_alone():
     alone = brittleness.brittleness(world.scores[:, chosen], lambda masks: world.retrain(masks)[:, chosen], limit=20)
     for name in ("sizes", "holds", "before"):
         np.testing.assert_array_equal(getattr(part, name), getattr(alone, name))
-    assert sorted(part.trials) == sorted(alone.trials)
+    assert [trial[:2] for trial in sorted(part.trials)] == [trial[:2] for trial in sorted(alone.trials)]
 
 
 def test_curve_is_a_proportion_with_wilsons_interval():
