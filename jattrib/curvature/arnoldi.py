@@ -155,10 +155,14 @@ def _damped(subspace: Subspace, damping: float | int) -> Float[Array, " k"]:
 
 
 def _coordinates(basis: Vectors, vectors: Vectors) -> Float[Array, "q k"]:
-    def along(w: Array, v: Array) -> Array:
-        return jnp.matmul(v.reshape(len(v), -1), w.reshape(len(w), -1).T, precision="highest")
-
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(along, basis, vectors)))
+    """Return `v Wᵀ`; a leaf that is a `jax.ShapeDtypeStruct` is absent and contributes nothing."""
+    pairs = zip(jax.tree.leaves(basis), jax.tree.leaves(vectors), strict=True)
+    parts = [
+        jnp.matmul(v.reshape(len(v), -1), w.reshape(len(w), -1).T, precision="highest")
+        for w, v in pairs
+        if not isinstance(v, jax.ShapeDtypeStruct)
+    ]
+    return functools.reduce(jnp.add, parts)
 
 
 @jax.jit
