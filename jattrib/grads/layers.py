@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -14,6 +15,8 @@ from jattrib.grads import sites, views
 from jattrib.grads.program import Kind, Program, Site, Step
 from jattrib.grads.sites import Recipe
 from jattrib.grads.views import Box, Digit, View
+
+REARRANGING = {"convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim"}
 
 
 class Use(NamedTuple):
@@ -188,7 +191,11 @@ def _cotangent(program: Program, source: Source) -> Any:
     chain = []
     while not programs.is_literal(atom) and atom in producers:
         eqn = producers[atom]
-        if eqn.primitive.name not in ("convert_element_type", "transpose", "reshape", "squeeze"):
+        name, sizes = eqn.primitive.name, {np.prod(each.aval.shape) for each in (*eqn.invars, *eqn.outvars)}
+        if (
+            name not in ("convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim")
+            or len(sizes) > 1
+        ):
             break
         chain.append(eqn)
         atom = eqn.invars[0]

@@ -185,7 +185,7 @@ def _walk(scope: _Scope, atom: Any, view: View, factor: float) -> Iterator[Site]
             continue
         number = scope.producers[atom]
         equation = scope.jaxpr.eqns[number]
-        if equation.primitive.name not in SHAPES and _is_one_use(scope, atom, view):
+        if _is_one_use(scope, atom, view, equation):
             yield _sum_site(scope, atom, view, factor)
             return
         through = _undo(equation, atom, view, factor)
@@ -329,12 +329,14 @@ def _is_vector(scope: _Scope, view: View) -> bool:
     return part is not None and sum(size > 1 for size in part.sizes) <= 1
 
 
-def _is_one_use(scope: _Scope, atom: Any, view: View) -> bool:
+def _is_one_use(scope: _Scope, atom: Any, view: View, equation: Any) -> bool:
     """Return whether a value is the cotangent of one use of a vector, and not a sum over its uses.
 
     It is where positions are still to be summed, and where others read it too.
     """
-    return (_is_repeated(view) or scope.readers[atom] > 1) and _is_vector(scope, view)
+    summed = _is_repeated(view) and equation.primitive.name not in SHAPES
+    read = scope.readers[atom] > 1 and not all(is_literal(operand) for operand in equation.invars)
+    return (summed or read) and _is_vector(scope, view)
 
 
 def _is_repeated(view: View) -> bool:

@@ -200,16 +200,22 @@ def gradients(layers: Layers, found: Factors, params: Params) -> Params:
 
 
 def outer(layer: Layer, a: Array, s: Array) -> Float[Array, "b stack inputs outputs"]:
-    """Return `Σ_positions aᵀ s` of one use of a layer, for each example."""
+    """Return `Σ_positions aᵀ s` of one use of a layer, for each example; sums of half precision are in single."""
     if jnp.issubdtype(s.dtype, jnp.integer):
         return jnp.swapaxes(outer(layer._replace(inputs=layer.outputs, outputs=layer.inputs), s, a), 2, 3)
     if a.ndim == 3:
+        s = s.astype(accumulator(s))
         rows = jax.vmap(
             jax.vmap(lambda i, g: jnp.zeros((layer.inputs, g.shape[-1]), g.dtype).at[i].add(g, mode="drop"))
         )
         return jnp.moveaxis(rows(jnp.where(a < 0, layer.inputs, a), s), 0, 1)
-    kind = jnp.promote_types(a.dtype, s.dtype)
+    kind = accumulator(a, s)
     return jnp.einsum("lbpi,lbpo->blio", a.astype(kind), s.astype(kind), precision=lax.Precision.HIGHEST)
+
+
+def accumulator(*arrays: Array) -> Any:
+    """Return the type in which products of arrays are summed: float64 if one is of that type, else float32."""
+    return jnp.dtype(jnp.float64 if any(array.dtype == jnp.float64 for array in arrays) else jnp.float32)
 
 
 def dense(layer: Layer, a: Array, dtype: Any) -> Float[Array, "stack b positions inputs"]:
