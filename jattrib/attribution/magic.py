@@ -147,14 +147,14 @@ class Descent(NamedTuple):
         values: the objective at each step's weights, the initial ones first.
         monitored: the objective on the monitor, likewise.
         step: of `weights`, counted from 0.
-        last: the weights after the last step.
+        path: the weights at each step.
     """
 
     weights: Float[Array, " n"]
     values: Float[np.ndarray, " steps"]
     monitored: Float[np.ndarray, " steps"] | None
     step: int
-    last: Float[Array, " n"]
+    path: Float[np.ndarray, "steps n"]
 
 
 def descend(
@@ -202,7 +202,8 @@ def descend(
     """
     raw = _raw(jnp.asarray(inputs.weights), parametrisation)
     empty = np.full(steps + 1, np.nan)
-    state = _Step(np.int32(0), raw, optimizer.init(raw), raw, empty, empty.copy())
+    path = np.zeros((steps + 1, *raw.shape), raw.dtype)
+    state = _Step(np.int32(0), raw, optimizer.init(raw), path, empty, empty.copy())
     if directory is not None:
         parts = {"data": run.data, "order": run.order, "inputs": inputs, "heldout": heldout, "monitor": monitor}
         digests = {name: tree.digest(part) for name, part in parts.items()}
@@ -218,28 +219,23 @@ def descend(
             state.values[number] = found.values[0]
             if monitor is not None:
                 state.monitored[number] = objective(found.trained, monitor)
-            watched = state.values if monitor is None else state.monitored
-            best = state.raw if watched[number] <= np.nanmin(watched[: number + 1]) else state.best
+            state.path[number] = here.weights
             raw, moments = _update(optimizer, state, found.weights[:, 0], parametrisation)
-            last = number == steps
-            state = state._replace(
-                number=np.int32(number + 1), best=best, moments=moments, raw=state.raw if last else raw
-            )
+            state = state._replace(number=np.int32(number + 1), moments=moments, raw=raw)
             if directory is not None:
                 params.save_params(directory, state, identity)
             report(1)
     watched = state.values if monitor is None else state.monitored
-    return Descent(
-        _weights(state.best, parametrisation), state.values, None if monitor is None else state.monitored,
-        int(np.nanargmin(watched)), _weights(state.raw, parametrisation),
-    )  # fmt: skip
+    best = int(np.argmin(watched))
+    monitored = None if monitor is None else state.monitored
+    return Descent(jnp.asarray(state.path[best]), state.values, monitored, best, state.path)
 
 
 class _Step(NamedTuple):
     number: Any
     raw: Any
     moments: optax.OptState
-    best: Any
+    path: Any
     values: Any
     monitored: Any
 

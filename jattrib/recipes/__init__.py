@@ -60,7 +60,13 @@ def _comparison() -> Recipe:
     return Recipe(comparison.Config, comparison.run)
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"trak": _trak, "comparison": _comparison}
+def _magic() -> Recipe:
+    from jattrib.recipes import magic
+
+    return Recipe(magic.Config, magic.run)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"trak": _trak, "comparison": _comparison, "magic": _magic}
 """Every recipe by the name that configs give it; imported when asked for, since recipes import JAX."""
 
 

@@ -131,7 +131,7 @@ class LeftOut(NamedTuple):
 
 KEYS = (
     "queries", "projection", "checkpoints", "held_out", "subsets", "counterfactual", "statistics", "fixed",
-    "fixed_held_out",
+    "fixed_held_out", "flipped",
 )  # fmt: skip
 
 

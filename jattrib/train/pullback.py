@@ -144,8 +144,9 @@ def pull(
         def once(flipped: list[Array], weights: Array, hyper: Any) -> list[Array]:
             return _flip(split(_step(program, data, hyper, merge(_flip(flipped)), row._replace(weights=weights)))[0])
 
-        _, transpose = jax.vjp(_through_stops(once), _flip(floating), row.weights, hyper)
-        before, weights, hyper_part = _map_blocks(jax.vmap(transpose, out_axes=(0, -1, -1)), after)
+        with jax.numpy_dtype_promotion("standard"):  # as in training: optimisers mix counts and rates
+            _, transpose = jax.vjp(_through_stops(once), _flip(floating), row.weights, hyper)
+            before, weights, hyper_part = _map_blocks(jax.vmap(transpose, out_axes=(0, -1, -1)), after)
         if total.weights.ndim == 3:
             summed = total.weights.at[:, row.order.indices].add(weights)
         else:

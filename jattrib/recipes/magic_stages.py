@@ -1,0 +1,245 @@
+"""The stages of the MAGIC recipe: its config, the metagradient, its fidelity and its cost, descent on data weights."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Integer
+from msgspec import Meta
+
+from jattrib.attribution import magic
+from jattrib.core import params, store
+from jattrib.core.errors import InvalidInputError
+from jattrib.metrics import lds, mislabelled
+from jattrib.models.outputs import Margin
+from jattrib.recipes import build, experiment
+from jattrib.recipes import config as configs
+from jattrib.recipes.experiment import FixedTruth, Task, Truth
+from jattrib.train import replay
+from jattrib.train.replay import Run
+
+CALLS = 3
+"""Timed runs of each side, the first of which compiles and does not count."""
+
+
+class Method(configs.Room, frozen=True):
+    """How to attribute, and on what the attributions are held.
+
+    Attributes:
+        fractions: parts of the training set that are left out, for the LDS of the one run.
+        subsets: random subsets of each fraction.
+        smoothness_fraction: the part whose removal measures metasmoothness.
+        cost_queries: how many queries the cost is measured for.
+    """
+
+    fractions: Annotated[tuple[configs.Fraction, ...], Meta(min_length=1)] = (0.01, 0.05, 0.1, 0.5)
+    subsets: configs.Count = 50
+    smoothness_fraction: configs.Fraction = 0.05
+    cost_queries: configs.Count = 64
+
+
+class Descent(configs.Room, frozen=True):
+    """Metagradient descent on the weights of training images, some of whose labels are wrong.
+
+    Attributes:
+        flipped: the part of the labels that is made wrong, each to a random other class.
+        validation: test images whose loss is descended on; accuracy is measured on the others.
+        steps: of descent.
+        rate: by which each step changes each weight, up or down.
+    """
+
+    flipped: configs.Fraction = 0.2
+    validation: configs.Count = 500
+    steps: configs.Count = 10
+    rate: configs.Positive = 0.2
+
+
+class Config(experiment.Config, frozen=True, tag_field="recipe", tag="magic"):
+    """MAGIC on an image classifier; `method` is how to attribute, `descent` what is done about wrong labels."""
+
+    method: Method = Method()
+    descent: Descent = Descent()
+
+
+class Found(NamedTuple):
+    """The scores, and what is known of the run that they are of."""
+
+    scores: Float[np.ndarray, "n q"]
+    info: magic.Info
+
+
+class Fidelity(NamedTuple):
+    """What retrained models say of the scores.
+
+    Attributes:
+        fixed: the LDS of the one run at each fraction.
+        similarity: that of the cosine of pixels.
+        error: of predicted changes of outputs at each fraction, relative; 1 is that of predicting none.
+        expected: the LDS against expected outputs of models of random subsets, over seeds.
+        ceiling: what perfect scores would have there.
+    """
+
+    fixed: tuple[lds.LDS, ...]
+    similarity: tuple[lds.LDS, ...]
+    error: tuple[float, ...]
+    expected: lds.LDS
+    ceiling: lds.Ceiling
+
+
+class Cost(NamedTuple):
+    """Seconds of one training, and of a metagradient of so many queries."""
+
+    training: float
+    metagradient: float
+    queries: int
+
+
+class Descended(NamedTuple):
+    """What descent on data weights did.
+
+    Attributes:
+        flipped: which labels are wrong.
+        weights: those with the least validation loss.
+        step: of descent at which they were reached.
+        losses: on validation images, at each step.
+        accuracies: on the other test images, at each step.
+        clean: the accuracy there when all labels are right.
+        recall: how well low weights find the wrong labels.
+    """
+
+    flipped: Bool[np.ndarray, " n"]
+    weights: Float[np.ndarray, " n"]
+    step: int
+    losses: Float[np.ndarray, " steps"]
+    accuracies: Float[np.ndarray, " steps"]
+    clean: float
+    recall: mislabelled.Recall
+
+    @property
+    def recovered(self) -> float:
+        """The part of the accuracy lost to wrong labels that descent brought back."""
+        noisy = self.accuracies[0]
+        return float((self.accuracies[self.step] - noisy) / (self.clean - noisy))
+
+
+def check(config: Config) -> None:
+    """Refuse numbers that there are not enough test images for, before anything is trained.
+
+    Raises:
+        InvalidInputError: more are asked for than there are.
+    """
+    count = len(build.load_data(config.data)[1].labels)
+    for name, value, most in (
+        ("descent.validation", config.descent.validation, count - 1),
+        ("method.cost_queries", config.method.cost_queries, count),
+    ):
+        if value > most:
+            raise InvalidInputError(
+                f"{name} = {value}", expected=f"at most {most}, with {count} test images", remedy=f"lower {name}"
+            )
+
+
+def attribute(config: Config, task: Task, folder: Path) -> Found:
+    """Return the scores of all queries, from one replay of the run of `experiment.paired`."""
+    like = {"scores": np.zeros((len(task.train.labels), len(task.queries.labels)), np.float32)}
+    like["values"] = like["scores"][0]
+    if params.exists(folder / "scores"):
+        arrays = params.load_params(folder / "scores", like, task.identity)
+        told = store.read_json(folder / "info.json")
+        return Found(arrays["scores"], magic.Info(arrays["values"], **{**told, "causes": tuple(told["causes"])}))
+    members, key = experiment.paired(config, task)
+    run, inputs = replay.member(members, tuple(task.train), key[0])
+    scores, info = magic.scores(
+        partial(Margin, task.members.model.apply), run, inputs, jax.tree.map(jnp.asarray, tuple(task.queries)),
+        key=task.keys["statistics"], fraction=config.method.smoothness_fraction, directory=folder / "replay",
+        identity=task.identity,
+    )  # fmt: skip
+    store.write_json(folder / "info.json", {name: value for name, value in info._asdict().items() if name != "values"})
+    params.save_params(folder / "scores", {"scores": np.asarray(scores), "values": info.values}, task.identity)
+    return Found(np.asarray(scores), info)
+
+
+def measure_cost(config: Config, task: Task, folder: Path) -> Cost:
+    """Return what a metagradient costs beside a training, both compiled before; by turns, the median of each."""
+    if not (folder / "measured.json").exists():
+        _, test = build.load_data(config.data)
+        count = config.method.cost_queries
+        queries = jnp.asarray(test.inputs[:count]), jnp.asarray(test.labels[:count])
+        members, key = experiment.paired(config, task)
+        run, inputs = replay.member(members, tuple(task.train), key[0])
+        output = partial(Margin, task.members.model.apply)
+        sides = {
+            "training": lambda: replay.train(run, inputs),
+            "metagradient": lambda: replay.metagradient(output, run, inputs, queries, progress=False)[:4],
+        }
+        taken = [{name: _seconds(side) for name, side in sides.items()} for _ in range(CALLS)][1:]
+        measured = {name: float(np.median([each[name] for each in taken])) for name in sides}
+        store.write_json(folder / "measured.json", {**measured, "queries": count})
+    return Cost(**store.read_json(folder / "measured.json"))
+
+
+def descend(config: Config, task: Task, folder: Path) -> Descended:
+    """Flip labels, descend the validation loss on the weights, and train on the weights of each step."""
+    settings, train, (_, test) = config.descent, task.train, build.load_data(config.data)
+    wrong, labels = flip(task, settings.flipped)
+    held, other = (
+        (jnp.asarray(test.inputs[part]), jnp.asarray(test.labels[part]))
+        for part in (slice(settings.validation), slice(settings.validation, None))
+    )
+    members, key = experiment.paired(config, task)
+    noisy, inputs = replay.member(members, (train.inputs, labels), key[0])
+    found = magic.descend(
+        partial(magic.MeanLoss, members.model.apply), noisy, inputs, held, optimizer=optax.sign_sgd(settings.rate),
+        steps=settings.steps, directory=folder / "descent", identity=task.identity,
+    )  # fmt: skip
+
+    def accuracy(run: Run, weights: Float[np.ndarray | Array, " n"]) -> float:
+        trained, state = replay.train(run, inputs._replace(weights=jnp.asarray(weights)))
+        logits, _ = members.model.apply(trained, state, other[0], train=False)
+        return float(np.mean(np.asarray(logits).argmax(axis=1) == np.asarray(other[1])))
+
+    clean = accuracy(noisy._replace(data=(noisy.data[0], jnp.asarray(train.labels))), inputs.weights)
+    recall = mislabelled.recall(-np.asarray(found.weights), wrong, key=task.keys["statistics"])
+    return Descended(
+        wrong, np.asarray(found.weights), found.step, found.values,
+        np.array([accuracy(noisy, weights) for weights in found.path]), clean, recall,
+    )  # fmt: skip
+
+
+def flip(task: Task, fraction: float) -> tuple[Bool[np.ndarray, " n"], Integer[np.ndarray, " n"]]:
+    """Return which labels are wrong, a random `fraction` of them, and all labels, the wrong ones of other classes."""
+    n, count = len(task.train.labels), len(task.classes)
+    which, what = (jax.random.fold_in(task.keys["flipped"], number) for number in range(2))
+    wrong = np.zeros(n, bool)
+    wrong[np.asarray(jax.random.permutation(which, n))[: round(fraction * n)]] = True
+    shift = np.asarray(jax.random.randint(what, (n,), 1, count))
+    labels = np.where(wrong, (task.train.labels + shift) % count, task.train.labels)
+    return wrong, labels.astype(task.train.labels.dtype)
+
+
+def compare(config: Config, task: Task, found: Found, truths: tuple[FixedTruth, ...], expected: Truth) -> Fidelity:
+    """Return how well the scores predict retrained models, in both protocols."""
+    key, pixels = task.keys["statistics"], experiment.similarity(task)
+    fixed, similarity, error = [], [], []
+    for truth in truths:
+        fixed.append(lds.lds_fixed(found.scores, truth.masks, truth.outputs, key=key))
+        similarity.append(lds.lds_fixed(pixels, truth.masks, truth.outputs, key=key))
+        change = truth.outputs.astype(np.float64) - truth.whole
+        foretold = -(~truth.masks).astype(np.float64) @ found.scores
+        error.append(float(np.linalg.norm(foretold - change) / np.linalg.norm(change)))
+    return Fidelity(
+        tuple(fixed), tuple(similarity), tuple(error),
+        lds.lds_expected(found.scores, expected.masks, expected.outputs, key=key), lds.noise_ceiling(expected.outputs),
+    )  # fmt: skip
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    jax.block_until_ready(work())
+    return time.perf_counter() - begun
