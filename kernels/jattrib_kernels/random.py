@@ -27,6 +27,7 @@ class Stream(IntEnum):
     DENSE_NORMAL = 2
     SKETCH_SIGNS = 3
     SKETCH_ROTATIONS = 4
+    COUNT_SKETCH = 5
 
 
 def threefry2x32(key: Words, counter: Words) -> Words:

@@ -42,8 +42,8 @@ def relative(got, expected):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", cases.SMALL, ids=lambda c: c.name)
 def test_unit_vectors_recover_the_specified_matrix(case, backend):
-    got = dense_projection(jnp.eye(case.p), KEY, case.dim, backend=backend, **where(case))
-    back = dense_projection_transpose(jnp.eye(case.dim), KEY, case.p, backend=backend, **where(case))
+    got = dense_projection(jnp.eye(case.p, dtype=case.dtype), KEY, case.dim, backend=backend, **where(case))
+    back = dense_projection_transpose(jnp.eye(case.dim, dtype=case.dtype), KEY, case.p, backend=backend, **where(case))
     if case.distribution == "rademacher":
         np.testing.assert_array_equal(np.asarray(got), matrix(case))
         np.testing.assert_array_equal(np.asarray(back), matrix(case).T)
@@ -237,6 +237,33 @@ def test_inner_products_are_unbiased_with_the_variance_of_theory(k, keys):
     error = (got - inner) / np.sqrt(theory)
     assert abs(error.mean()) < 5 / np.sqrt(error.size)
     assert abs((error**2).mean() - 1) < 0.05
+
+
+@pytest.mark.parametrize("name", ["constant", "one-hot", "block-periodic", "alternating"])
+def test_adversarial_vectors_keep_their_norm_on_average(name):
+    k, p, keys = 64, 512, 1500
+    i = np.arange(p)
+    x = {
+        "constant": np.ones(p),
+        "one-hot": (i == 77) * 1.0,
+        "block-periodic": np.random.default_rng(0).standard_normal(64)[i % 64],  # the same in every hash's block
+        "alternating": (-1.0) ** i,
+    }[name]
+    words = jax.random.key_data(jax.random.split(jax.random.key(5), keys))
+    features = norms_of(jnp.asarray(x, jnp.float32)[None], words)
+    error = np.asarray(features, np.float64) - (x**2).sum()
+    theory = 2 * ((x**2).sum() ** 2 - (x**4).sum()) / k
+    if name == "one-hot":
+        np.testing.assert_array_equal(error, 0)
+    else:
+        assert abs(error.mean()) < 5 * np.sqrt(theory / keys)
+        # The norm is a sum of 64 squares: its square has about 2 (1 + 6 / 64) times the variance of a normal number's.
+        assert abs(error.var() / theory - 1) < 5 * np.sqrt((2 + 12 / k) / keys)
+
+
+@jax.jit
+def norms_of(x, words):
+    return lax.map(lambda key: jnp.sum(jnp.square(dense_projection(x, key, 64))) / 64, words)
 
 
 # The door.

@@ -97,6 +97,24 @@ def test_an_absent_leaf_keeps_its_place(room, key):
 
 
 @both
+def test_unit_vectors_of_leaves_in_any_order_recover_one_matrix(room, key):
+    k, words = 256, np.asarray(jax.random.key_data(key))  # 1/√k is exact
+    starts, end = {}, 0
+    for name in sorted(PARAMS):
+        starts[name], end = end, end + -(-PARAMS[name].size // (64 if room is dense else k))
+    matrix = matrices.dense_signs(words, 64 * end, k) / 16 if room is dense else matrices.sketch(words, k * end, k)
+    projector = room.projector(k)
+    state = projector.init(key, PARAMS)
+    for name in ("w", "scale", "b"):
+        leaf = PARAMS[name]
+        absent = {other: jax.ShapeDtypeStruct((leaf.size, *x.shape), x.dtype) for other, x in PARAMS.items()}
+        unit = jnp.eye(leaf.size).reshape(leaf.size, *leaf.shape)
+        start = starts[name] * (64 if room is dense else k)
+        got = projector.apply(state, absent | {name: unit})
+        np.testing.assert_array_equal(np.asarray(got), matrix[start : start + leaf.size])
+
+
+@both
 def test_inner_products_are_unbiased(room):
     tree = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), gradients())
     g = virtual(tree, 1)

@@ -38,6 +38,9 @@ LARGE = (
 )
 """For hardware and its compilers: p is whole blocks on each of 512 devices."""
 
+TIMED = (Case("mlp", 256, 101_770, 1024), Case("few rows", 64, 500_000, 512))
+"""What a CPU projects in a moment, densely too: the rows of the demo's network, and fewer and longer ones."""
+
 
 def operands(case: Case, seed: int = 0) -> tuple[jax.Array, jax.Array]:
     """Return the rows and the key of a case."""
