@@ -1,0 +1,290 @@
+"""Surrogates against scikit-learn and closed forms in double precision, and what must not matter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.linear_model import ElasticNet, Lasso, LinearRegression, Ridge
+from sklearn.preprocessing import StandardScaler
+
+from jattrib.attribution import elastic_net, surrogate
+from jattrib.attribution.surrogate import Path, Solver
+from jattrib.core import mesh as meshes
+from jattrib.core.errors import DivergedError, InvalidInputError
+
+EXACT = Solver(tolerance=1e-12)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """More columns than rows: random halves, sparse weights, outputs of different scales, a constant column."""
+    rng = np.random.default_rng(0)
+    masks = np.array([rng.permutation(130) < 65 for _ in range(90)])
+    masks[:, 7] = True
+    weights = rng.standard_t(3, size=(130, 6)) * (rng.random((130, 6)) < 0.2)
+    outputs = masks @ weights + rng.normal(size=(90, 6))
+    return masks, outputs * np.array([1, 10, 0.1, 1, 1, 1]) + np.arange(6)
+
+
+@pytest.fixture
+def small_sets(monkeypatch):
+    """Working sets of 48 and 96 columns, so that targets outgrow both."""
+    monkeypatch.setattr(elastic_net, "SIZES", (48, 96))
+
+
+def sklearn_path(masks, outputs, lambdas, *, l1_ratio=1.0, standardize=True, weights=None):
+    """Return coefficients [k, n, t] and intercepts [k, t] in natural units, by coordinate descent to 1e-14."""
+    found = np.zeros((len(lambdas), masks.shape[1], outputs.shape[1])), np.zeros((len(lambdas), outputs.shape[1]))
+    X = masks.astype(float)
+    scaler = StandardScaler(with_std=standardize).fit(X, sample_weight=weights)
+    X = scaler.transform(X)
+    scale = scaler.scale_ if standardize else np.ones(X.shape[1])
+    for target in range(outputs.shape[1]):
+        for step, value in enumerate(lambdas[:, target]):
+            model = ElasticNet(alpha=value, l1_ratio=l1_ratio, tol=1e-14, max_iter=200_000)
+            model.fit(X, outputs[:, target], sample_weight=weights)
+            found[0][step, :, target] = model.coef_ / scale
+            found[1][step, target] = model.intercept_ - scaler.mean_ @ found[0][step, :, target]
+    return found
+
+
+@pytest.mark.parametrize("l1_ratio", [1.0, 0.6])
+def test_the_path_is_that_of_scikit_learn(problem, x64, small_sets, l1_ratio):
+    masks, outputs = problem
+    path = Path(ratio=0.03, count=6, l1_ratio=l1_ratio)
+    found, info = surrogate.lasso(masks, outputs, path=path, solver=EXACT, keep_path=True, progress=False)
+    coefficients, intercepts = sklearn_path(masks, outputs, info.lambdas, l1_ratio=l1_ratio)
+    assert (coefficients[-1] != 0).sum(axis=0).max() > 48  # a set of the first size was outgrown
+    scale = np.abs(coefficients).max(axis=(0, 1))
+    np.testing.assert_allclose(info.path / scale, coefficients / scale, atol=1e-5)
+    np.testing.assert_allclose(found.coefficients / scale, coefficients[-1] / scale, atol=1e-5)
+    np.testing.assert_allclose(found.intercepts, intercepts[-1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found.coefficients[7], 0)
+    assert (info.gaps <= 1e-12).all()
+    np.testing.assert_allclose(info.lambdas[-1] / info.lambdas[0], 0.03)
+
+
+def test_single_precision_reaches_the_same(problem, small_sets):
+    """float32 throughout: 1e-5 of a target's largest output, and a gap below 1e-6."""
+    masks, outputs = problem
+    found, info = surrogate.lasso(masks, outputs, path=Path(ratio=0.1, count=6), progress=False,
+                                  solver=Solver(tolerance=1e-6))  # fmt: skip
+    assert found.coefficients.dtype == np.float32
+    assert (info.gaps <= 1e-6).all()
+    coefficients, _ = sklearn_path(masks, outputs, info.lambdas[-1:])
+    scale = np.abs(outputs).max(axis=0)
+    np.testing.assert_allclose(found.coefficients / scale, coefficients[0] / scale, atol=3e-4)
+
+
+def test_single_precision_is_limited_by_the_gap_alone(problem):
+    """A tighter gap brings float32 to 1e-5 of scikit-learn."""
+    masks, outputs = problem
+    found, info = surrogate.lasso(masks, outputs, path=Path(ratio=0.3, count=4), progress=False,
+                                  solver=Solver(tolerance=2e-8))  # fmt: skip
+    coefficients, _ = sklearn_path(masks, outputs, info.lambdas[-1:])
+    scale = np.abs(outputs).max(axis=0)
+    np.testing.assert_allclose(found.coefficients / scale, coefficients[0] / scale, atol=1e-5)
+
+
+def test_weights_of_rows_and_columns_as_they_are(problem, x64, small_sets):
+    """With no standardisation the objective is scikit-learn's own, sample weights included."""
+    masks, outputs = problem
+    weights = np.random.default_rng(1).uniform(0.1, 3, len(masks))
+    solver = EXACT._replace(standardize=False)
+    found, info = surrogate.lasso(
+        masks, outputs[:, :2], weights=weights, path=Path(ratio=0.05, count=5), solver=solver, progress=False
+    )
+    for target in range(2):
+        model = Lasso(alpha=info.penalties[target], tol=1e-14, max_iter=200_000)
+        model.fit(masks.astype(float), outputs[:, target], sample_weight=weights)
+        scale = np.abs(model.coef_).max()
+        np.testing.assert_allclose(found.coefficients[:, target] / scale, model.coef_ / scale, atol=1e-5)
+        assert found.intercepts[target] == pytest.approx(model.intercept_, rel=1e-6)
+
+
+def test_the_penalty_is_that_of_least_held_out_error(problem, x64, small_sets):
+    masks, outputs = problem
+    held_out = surrogate.hold_out(jax.random.key(3), 90, fraction=0.3)
+    assert held_out.sum() == 27
+    settings = {"held_out": held_out, "path": Path(ratio=0.05, count=6), "progress": False}
+    found, info = surrogate.lasso(masks, outputs, solver=EXACT._replace(refit=False), keep_path=True, **settings)
+    rows = masks[~held_out], outputs[~held_out]
+    coefficients, intercepts = sklearn_path(*rows, info.lambdas)
+    predicted = np.einsum("mn,knt->kmt", masks[held_out].astype(float), coefficients) + intercepts[:, None]
+    errors = np.square(predicted - outputs[held_out]).mean(axis=1)
+    np.testing.assert_allclose(info.errors, errors, rtol=1e-5)
+    np.testing.assert_array_equal(info.chosen, errors.argmin(axis=0))
+    assert len(np.unique(info.chosen)) > 1
+    own = np.arange(6)
+    np.testing.assert_allclose(found.coefficients, coefficients[info.chosen, :, own].T, atol=1e-4)
+    again, refitted = surrogate.lasso(masks, outputs, solver=EXACT, **settings)
+    whole, _ = sklearn_path(masks, outputs, info.penalties[None])
+    scale = np.abs(whole[0]).max(axis=0)
+    np.testing.assert_allclose(again.coefficients / scale, whole[0] / scale, atol=1e-5)
+    assert (refitted.gap <= 1e-12).all()
+
+
+def test_patience_ends_a_target_where_its_errors_rise(problem, small_sets):
+    masks, outputs = problem
+    settings = {
+        "held_out": surrogate.hold_out(jax.random.key(3), 90, fraction=0.3), "path": Path(ratio=0.05, count=12),
+        "progress": False,
+    }  # fmt: skip
+    _, whole = surrogate.lasso(masks, outputs, **settings)
+    _, short = surrogate.lasso(masks, outputs, solver=Solver(patience=2), **settings)
+    assert np.isnan(short.errors).any()
+    for target in range(6):
+        errors = whole.errors[:, target]
+        best = [int(errors[: step + 1].argmin()) for step in range(12)]
+        end = next((step for step in range(12) if step - best[step] >= 2), 11)
+        np.testing.assert_array_equal(np.isnan(short.errors[:, target]), np.arange(12) > end)
+        assert short.chosen[target] == best[end]
+
+
+def test_columns_that_depend_on_one_another_do_not_stop_it(x64):
+    """Every column twice, and a target in their span: the solution is not unique, the fit and its gap are."""
+    rng = np.random.default_rng(2)
+    masks = np.repeat(rng.random((40, 20)) < 0.5, 2, axis=1)
+    outputs = (masks[:, ::2] @ rng.normal(size=(20, 3))).astype(float)
+    found, info = surrogate.lasso(masks, outputs, path=Path(ratio=1e-3, count=8), solver=EXACT, progress=False)
+    assert (info.gaps <= 1e-12).all()
+    once, _ = surrogate.lasso(masks[:, ::2], outputs, path=Path(lambdas=tuple(info.lambdas[-1])), progress=False,
+                              solver=EXACT)  # fmt: skip
+    assert once.coefficients.shape == (20, 3)
+    single, _ = surrogate.lasso(masks[:, ::2], outputs[:, :1], path=Path(lambdas=(float(info.penalties[0]),)),
+                                solver=EXACT, progress=False)  # fmt: skip
+    sums = found.coefficients[::2, 0] + found.coefficients[1::2, 0]
+    np.testing.assert_allclose(sums, single.coefficients[:, 0], atol=1e-5)
+
+
+def test_neither_chunks_nor_devices_matter(problem, monkeypatch, small_sets):
+    masks, outputs = problem
+    held_out = surrogate.hold_out(jax.random.key(3), 90, fraction=0.3)
+    settings = {"held_out": held_out, "path": Path(ratio=0.1, count=5), "progress": False}
+    one, info = surrogate.lasso(masks, outputs, **settings)
+    monkeypatch.setattr(surrogate, "CHUNK", 4)
+    chunked, _ = surrogate.lasso(masks, outputs, **settings)
+    monkeypatch.setattr(surrogate, "CHUNK", 1)
+    spread, other = surrogate.lasso(masks, outputs, mesh=meshes.data_mesh(jax.devices()[:4]), **settings)
+    scale = np.abs(one.coefficients).max(axis=0)
+    for each in (chunked, spread):
+        np.testing.assert_allclose(each.coefficients / scale, one.coefficients / scale, atol=2e-3)
+    np.testing.assert_array_equal(other.chosen, info.chosen)
+    np.testing.assert_allclose(other.errors, info.errors, rtol=1e-3)
+
+
+def test_a_gram_matrix_too_large_to_keep_is_done_without(problem, x64, small_sets, monkeypatch):
+    masks, outputs = problem
+    settings = {"path": Path(ratio=0.1, count=4), "solver": EXACT, "progress": False}
+    kept, _ = surrogate.lasso(masks, outputs, **settings)
+    monkeypatch.setattr(surrogate, "GRAM_BYTES", 0)
+    without, _ = surrogate.lasso(masks, outputs, **settings)
+    np.testing.assert_allclose(without.coefficients, kept.coefficients, atol=1e-6)
+
+
+def test_ridge_is_that_of_scikit_learn_and_chooses_by_leaving_out(problem, x64):
+    masks, outputs = problem
+    dampings = (0.03, 0.3, 3.0)
+    weights = np.random.default_rng(1).uniform(0.5, 2, len(masks))
+    weights *= len(masks) / weights.sum()
+    found, info = surrogate.ridge(masks, outputs, dampings=dampings, weights=weights, standardize=False)
+    X = masks.astype(float)
+    centred = (X - np.average(X, axis=0, weights=weights)) * np.sqrt(weights)[:, None]
+    unit = np.square(centred).sum() / len(X)
+    model = [Ridge(alpha=each * unit, tol=1e-12) for each in dampings]
+    for target in range(6):
+        best = model[info.chosen[target]].fit(X, outputs[:, target], sample_weight=weights)
+        np.testing.assert_allclose(
+            found.coefficients[:, target], best.coef_, atol=1e-8 * np.abs(best.coef_).max() + 1e-9
+        )
+        assert found.intercepts[target] == pytest.approx(best.intercept_, rel=1e-6)
+    left = np.zeros((3, 6))
+    for row in range(len(X)):
+        rest = np.arange(len(X)) != row
+        for number, each in enumerate(model):
+            each.fit(X[rest], outputs[rest], sample_weight=weights[rest])
+            left[number] += weights[row] * np.square(each.predict(X[row : row + 1])[0] - outputs[row]) / len(X)
+    np.testing.assert_allclose(info.errors, left, rtol=1e-6)
+    np.testing.assert_array_equal(info.chosen, left.argmin(axis=0))
+
+
+def test_ridge_on_held_out_rows(problem, x64):
+    masks, outputs = problem
+    held_out = surrogate.hold_out(jax.random.key(3), 90, fraction=0.3)
+    found, info = surrogate.ridge(masks, outputs, dampings=(0.1, 1.0, 10.0), held_out=held_out)
+    scaler = StandardScaler().fit(masks[~held_out])
+    X, H = (scaler.transform(masks[part]) for part in (~held_out, held_out))
+    unit = np.square(X).sum() / len(X)
+    errors = [
+        np.square(Ridge(alpha=each * unit).fit(X, outputs[~held_out]).predict(H) - outputs[held_out]).mean(axis=0)
+        for each in (0.1, 1.0, 10.0)
+    ]
+    np.testing.assert_allclose(info.errors, errors, rtol=1e-6)
+    X = StandardScaler().fit_transform(masks)
+    best = Ridge(alpha=(0.1, 1.0, 10.0)[info.chosen[0]] * np.square(X).sum() / len(X)).fit(X, outputs[:, 0])
+    predicted = surrogate.predict(found, masks)[:, 0]
+    np.testing.assert_allclose(predicted, best.predict(X), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [60, 15])
+def test_least_squares_are_exact_with_and_without_enough_rows(x64, rows):
+    rng = np.random.default_rng(4)
+    masks, outputs = rng.random((rows, 20)) < 0.5, rng.normal(size=(rows, 3))
+    weights = rng.uniform(0.1, 2, rows)
+    found = surrogate.least_squares(masks, outputs, weights=weights)
+    model = LinearRegression().fit(masks.astype(float), outputs, sample_weight=weights)
+    np.testing.assert_allclose(found.coefficients, model.coef_.T, atol=1e-8)
+    np.testing.assert_allclose(found.intercepts, model.intercept_, atol=1e-8)
+
+
+def test_a_target_that_is_constant_has_no_weights(problem):
+    masks, outputs = problem
+    flat = np.concatenate([outputs[:, :1], np.full((90, 1), 3.0)], axis=1)
+    found, info = surrogate.lasso(masks, flat, path=Path(ratio=0.1, count=5), progress=False)
+    np.testing.assert_array_equal(found.coefficients[:, 1], 0)
+    assert found.intercepts[1] == pytest.approx(3)
+    assert info.gap[1] == 0
+
+
+def test_the_gap_is_between_primal_and_dual(x64):
+    """`relative_gap` against the two objectives written out, at a point that is not optimal."""
+    rng = np.random.default_rng(5)
+    X, y, w = rng.normal(size=(12, 5)), rng.normal(size=12), rng.normal(size=5)
+    alpha = 0.7
+    residual = y - X @ w
+    primal = 0.5 * residual @ residual + alpha * np.abs(w).sum()
+    scale = min(1, alpha / np.abs(X.T @ residual).max())
+    dual = 0.5 * y @ y - 0.5 * np.square(y - scale * residual).sum()
+    found = elastic_net.relative_gap(
+        jnp.asarray(w), jnp.asarray(-X.T @ residual), jnp.asarray(X.T @ y), jnp.asarray(y @ y), jnp.asarray(alpha)
+    )
+    assert float(found) == pytest.approx((primal - dual) / (0.5 * y @ y), rel=1e-10)
+
+
+def test_a_gap_that_rounding_keeps_open_is_an_error(problem, monkeypatch):
+    masks, outputs = problem
+    monkeypatch.setattr(elastic_net, "ROUNDS", 2)
+    with pytest.raises(DivergedError, match=r"target \d has a duality gap of .* where 1e-13 was asked for"):
+        surrogate.lasso(masks, outputs, path=Path(ratio=0.11, count=4), solver=Solver(1e-13), progress=False)
+
+
+def test_bad_input_is_refused(problem):
+    masks, outputs = problem
+    for arguments, words in (
+        ((masks[:-1], outputs), r"masks of \(89, 130\), outputs of \(90, 6\)"),
+        ((masks, np.where(outputs == outputs[3, 2], np.nan, outputs)), "1 entries of the outputs that are not finite"),
+    ):
+        with pytest.raises(InvalidInputError, match=words):
+            surrogate.lasso(*arguments)
+    for settings, words in (
+        ({"weights": -np.ones(90)}, "a number a row, finite, not negative"),
+        ({"held_out": np.zeros(90, bool)}, "held_out without a row"),
+        ({"path": Path(l1_ratio=0.0)}, "use `ridge` for l1_ratio = 0"),
+        ({"solver": Solver(tolerance=0.0)}, "positive lambdas and tolerance"),
+    ):
+        with pytest.raises(InvalidInputError, match=words):
+            surrogate.lasso(masks, outputs, **settings)
+    with pytest.raises(InvalidInputError, match="one positive number or more"):
+        surrogate.ridge(masks, outputs, dampings=(0.0,))
+    with pytest.raises(InvalidInputError, match=r"1\.5 of 90 rows held out"):
+        surrogate.hold_out(jax.random.key(0), 90, fraction=1.5)
