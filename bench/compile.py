@@ -2,15 +2,17 @@
 
 Run by an environment that has the compilers, from the root of the repository:
 
-    .venv-aot/bin/python -m bench.compile [OP ...] [--out DIR]
+    .venv-aot/bin/python -m bench.compile [OP ...] [--out DIR] [--only PATTERN]
 
-It compiles what the compile tests compile, and writes `DIR/compile_OP.jsonl`, one line a program.
+It compiles what the compile tests compile, and keeps `DIR/compile_OP.jsonl`, one line a program, up to date: a program
+that is compiled again replaces its line, and what an interrupted run has done is there.
 """
 
 import argparse
 import importlib
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -28,19 +30,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.compile", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(ops)}; all when left out")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="where to write")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="of names, as in v5e-pod; all when left out")
     chosen = parser.parse_args()
     versions = {name: metadata.version(name) for name in ("jax", "libtpu", "jax-cuda13-plugin")}
+    chosen.out.mkdir(parents=True, exist_ok=True)
     for op in chosen.ops or ops:
-        rows = []
-        for program in importlib.import_module(f"tests.compile.test_{op}").PROGRAMS:
+        programs = importlib.import_module(f"tests.compile.test_{op}").PROGRAMS
+        file = chosen.out / f"compile_{op}.jsonl"
+        rows = {name_of(row): row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+        for program in programs:
+            if not re.search(chosen.only, str(program)):
+                continue
             begun = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
                 row, _ = topology.measure(program, Path(folder))
-            rows.append(row | {"seconds": round(time.perf_counter() - begun, 1), "versions": versions})
-            print(line(rows[-1]), flush=True)
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        text = "".join(f"{json.dumps(row)}\n" for row in rows)
-        (chosen.out / f"compile_{op}.jsonl").write_text(text)
+            row |= {"seconds": round(time.perf_counter() - begun, 1), "versions": versions}
+            rows[name_of(row)] = row
+            print(line(row), flush=True)
+            names = [str(program) for program in programs]  # lines of programs that are no more are dropped
+            kept = [rows[name] for name in names if name in rows]
+            file.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+
+
+def name_of(row: dict) -> str:
+    """Return the name of the program that a row is of."""
+    return f"{row['chip']}{'-pod' * (row['devices'] > 1)}-{row['case']}"
 
 
 def line(row: dict) -> str:
