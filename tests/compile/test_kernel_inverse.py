@@ -50,7 +50,7 @@ PROGRAMS += [
     Program("kernel_inverse", "ensemble-k512", chip, False, partial(ensemble, backend), OWN)
     for chip, backend in [*((chip, "pallas_tpu") for chip in topology.TPUS), ("h200", "pallas_gpu")]
 ]
-QUICK = ("v5e-ensemble", "h200-ensemble", "v5e-pod-k32768-", "h200-k4096-")
+QUICK = ("v5e-ensemble", "h200-ensemble", "v5e-pod-k32768-", "h200-k4096-", "v5p-k1024-", "v6e-k1024-", "v7x-k1024-")
 PARAMETERS = [
     pytest.param(program, id=str(program), marks=() if str(program).startswith(QUICK) else pytest.mark.slow)
     for program in PROGRAMS
