@@ -31,7 +31,10 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130
-UNSHOWN = ("device", "versions", "note", "ours_spread", "other_spread", "ours_first_s", "other_first_s")
+UNSHOWN = (
+    "device", "versions", "note", "ours_spread", "other_spread", "ours_first_s", "other_first_s", "ceiling",
+    "other_fraction", "other_residual",
+)  # fmt: skip
 """Columns of a benchmark that its file keeps and its table leaves out."""
 
 
