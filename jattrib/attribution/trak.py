@@ -115,9 +115,12 @@ class _Operand(NamedTuple):
 
 
 def _featurize(projector: Projector, operand: _Operand, batch: Batch) -> dict[str, Array]:
-    values, gradients = values_and_per_example(operand.output, operand.params, batch)
-    weights = -jax.vmap(jax.grad(operand.loss))(values)
-    return {"gradients": projector.apply(operand.state, gradients), "weights": weights}
+    if projector.direct is not None:
+        values, features = projector.direct(operand.state, operand.output, operand.params, batch)
+    else:
+        values, gradients = values_and_per_example(operand.output, operand.params, batch)
+        features = projector.apply(operand.state, gradients)
+    return {"gradients": features, "weights": -jax.vmap(jax.grad(operand.loss))(values)}
 
 
 def _check_finite(start: int, rows: dict[str, np.ndarray]) -> None:

@@ -63,9 +63,11 @@ class Projector(NamedTuple):
     """A random linear map from gradient pytrees to `dim` features.
 
     `init(key, params)` fixes the map (a small pytree: words of a counter-based generator, never a matrix) and
-    `apply(state, gradients)` maps a pytree of `(n, *leaf.shape)` arrays to `Float[n dim]`.
+    `apply(state, gradients)` maps a pytree of `(n, *leaf.shape)` arrays to `Float[n dim]`.  A map that needs no
+    gradients to be made has `direct(state, output, params, batch)`: the outputs, and the features of their gradients.
     """
 
     dim: int
     init: Callable[[Key, Params], Any]
     apply: Callable[[Any, Params], Float[Array, "n dim"]]
+    direct: Callable[[Any, OutputFn, Params, Batch], tuple[Float[Array, " n"], Float[Array, "n dim"]]] | None = None

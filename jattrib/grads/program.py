@@ -178,7 +178,8 @@ def _walk(scope: _Scope, atom: Any, view: View, factor: float) -> Iterator[Site]
                     raise _NoSiteError("its gradient changes from one iteration of a scan to the next")
                 total.hits += 1
                 return
-            if scope.operands is None or atom not in scope.operands:
+            one_use = _is_vector(scope, view) and (_is_repeated(view) or scope.readers[atom] > 1)
+            if scope.operands is None or atom not in scope.operands or one_use:
                 yield _sum_site(scope, atom, view, factor)
                 return
             scope, atom = scope.outer, scope.operands[atom]  # type: ignore[assignment]

@@ -36,6 +36,8 @@ def values_and_of_gradients(
     output: OutputFn, params: Params, batch: Batch, *, projector: Projector, state: Params
 ) -> tuple[Float[Array, " n"], Float[Array, "n k"]]:
     """Return the outputs `f(z_i; θ)` and their projected gradients, from one forward pass; see `of_gradients`."""
+    if projector.direct is not None:
+        return projector.direct(state, output, params, batch)
     leaves, structure = jax.tree.flatten(params)
     absent = [jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype) for leaf in leaves]
     features = jax.eval_shape(projector.apply, state, jax.tree.unflatten(structure, absent))
