@@ -65,11 +65,18 @@ class Kernel(NamedTuple):
     spill_loads: int
 
 
-def tpu(kind: str, *, pod: bool = False, axes: Sequence[str] = ("chips",), shape: Sequence[int] | None = None) -> Mesh:
-    """Return a mesh of one TPU device, or of all devices of 256 chips; skips where there is no TPU compiler."""
+def tpu(
+    kind: str,
+    *,
+    pod: bool = False,
+    axes: Sequence[str] = ("chips",),
+    shape: Sequence[int] | None = None,
+    slice_: str | None = None,
+) -> Mesh:
+    """Return a mesh of one TPU device, or of all devices of 256 chips or a slice; skips where there is no compiler."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed here: run `.venv-aot/bin/python -m pytest tests/compile`")
-    devices = topologies.get_topology_desc(TPUS[kind][pod], "tpu").devices
+    devices = topologies.get_topology_desc(slice_ if pod and slice_ else TPUS[kind][pod], "tpu").devices
     devices = np.array(devices if pod else devices[:1])
     return Mesh(devices.reshape(shape or [-1] + [1] * (len(axes) - 1)), tuple(axes))
 
@@ -152,20 +159,22 @@ class Program(NamedTuple):
         case: its shapes.
         chip: `v5e`, `v5p`, `v6e`, `v7x` or `h200`.
         pod: whether it is spread over 256 chips.
-        build: from a mesh to the function and its abstract arguments.
+        build: from a mesh to the function and its abstract arguments, or to what they are lowered to.
         own: the names of our kernels in it.
         axes: of the mesh.
         shape: of the mesh, if it has several axes.
+        slice_: another topology than 256 chips, such as `v5p:4x4x8`.
     """
 
     op: str
     case: str
     chip: str
     pod: bool
-    build: Callable[[Mesh], tuple[Callable[..., Any], Sequence[jax.ShapeDtypeStruct]]]
+    build: Callable[[Mesh], tuple[Callable[..., Any], Sequence[jax.ShapeDtypeStruct]] | jax.stages.Lowered]
     own: Sequence[str]
     axes: Sequence[str] = ("chips",)
     shape: Sequence[int] | None = None
+    slice_: str | None = None
 
     def __str__(self) -> str:
         """Return a name for reports."""
@@ -178,9 +187,12 @@ def measure(program: Program, folder: Path) -> tuple[dict[str, Any], str]:
     `folder`, which should be empty, is where the GPU's PTX goes.
     """
     on_gpu = program.chip == "h200"
-    mesh = gpu(program.axes) if on_gpu else tpu(program.chip, pod=program.pod, axes=program.axes, shape=program.shape)
-    function, arguments = program.build(mesh)
-    lowered = lower_for(mesh, function, *arguments)
+    if on_gpu:
+        mesh = gpu(program.axes)
+    else:
+        mesh = tpu(program.chip, pod=program.pod, axes=program.axes, shape=program.shape, slice_=program.slice_)
+    built = program.build(mesh)
+    lowered = built if isinstance(built, jax.stages.Lowered) else lower_for(mesh, built[0], *built[1])
     compiled = _compile(lowered, folder if on_gpu else None)
     row = {"op": program.op, "case": program.case, "chip": program.chip, "devices": mesh.size}
     row |= {f"{name}_bytes": size for name, size in memory(compiled)._asdict().items()}
