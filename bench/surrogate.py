@@ -93,7 +93,7 @@ def standardized(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.asfortranarray((columns - columns.mean(axis=0)) / scales), scales
 
 
-def paths(name: str, masks: np.ndarray, outputs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def paths(name: str, masks: np.ndarray, outputs: np.ndarray) -> Any:
     """Solve a path a target with one of the others, one process a core."""
     from joblib import Parallel, delayed
 

@@ -1,6 +1,5 @@
 """Every test runs on eight CPU devices, with strict types, and any warning is an error."""
 
-# ruff: noqa: E402
 import os
 import tempfile
 

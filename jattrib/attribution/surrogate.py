@@ -49,7 +49,7 @@ class Path(NamedTuple):
     """
 
     ratio: float = 0.05
-    count: int = 50
+    count: int = 50  # pyright: ignore[reportIncompatibleMethodOverride]
     l1_ratio: float = 1.0
     lambdas: tuple[float, ...] = ()
 
@@ -467,7 +467,9 @@ def _kernel(design: _Design, outputs: np.ndarray, prior: Float[np.ndarray, "n t"
     spectrum, vectors = jnp.linalg.eigh(jnp.matmul(design.rows, design.rows.T, precision="highest"))
     spectrum = jnp.maximum(spectrum, 0)
     rotated = [jnp.matmul(each, vectors, precision="highest") for each in (targets, divided[0])]
-    return _Kernel(design, spectrum, vectors, jnp.mean(spectrum), *rotated, means, norms, wanted, divided[1])
+    return _Kernel(
+        design, spectrum, vectors, jnp.mean(spectrum), rotated[0], rotated[1], means, norms, wanted, divided[1]
+    )
 
 
 def _dual(kernel: _Kernel, damping: Float[Array, "*t"]) -> tuple[Float[Array, "t m"], Float[Array, " t"]]:
