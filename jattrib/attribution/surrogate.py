@@ -467,7 +467,8 @@ def _kernel(design: _Design, outputs: np.ndarray, prior: Float[np.ndarray, "n t"
     spectrum, vectors = jnp.linalg.eigh(jnp.matmul(design.rows, design.rows.T, precision="highest"))
     spectrum = jnp.maximum(spectrum, 0)
     rotated = [jnp.matmul(each, vectors, precision="highest") for each in (targets, divided[0])]
-    return _Kernel(
+    first, second = rotated
+    return _Kernel(design, spectrum, vectors, jnp.mean(spectrum), first, second, means, norms, wanted, divided[1])
         design, spectrum, vectors, jnp.mean(spectrum), rotated[0], rotated[1], means, norms, wanted, divided[1]
     )
 
