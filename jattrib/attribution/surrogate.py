@@ -469,8 +469,6 @@ def _kernel(design: _Design, outputs: np.ndarray, prior: Float[np.ndarray, "n t"
     rotated = [jnp.matmul(each, vectors, precision="highest") for each in (targets, divided[0])]
     first, second = rotated
     return _Kernel(design, spectrum, vectors, jnp.mean(spectrum), first, second, means, norms, wanted, divided[1])
-        design, spectrum, vectors, jnp.mean(spectrum), rotated[0], rotated[1], means, norms, wanted, divided[1]
-    )
 
 
 def _dual(kernel: _Kernel, damping: Float[Array, "*t"]) -> tuple[Float[Array, "t m"], Float[Array, " t"]]:
