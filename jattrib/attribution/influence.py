@@ -123,7 +123,7 @@ def top(
     return best(blocks(), k=k, count=len(train), harmful=harmful)
 
 
-def best(blocks: Iterable[tuple[int, Float[np.ndarray, "b q"]]], *, k: int, count: int, harmful: bool = False) -> Top:
+def best(blocks: Iterable[tuple[int, Float[np.ndarray, "_ q"]]], *, k: int, count: int, harmful: bool = False) -> Top:
     """Return each query's k largest scores (`harmful`: the smallest) of blocks `(first source, scores)`.
 
     Args:

@@ -27,8 +27,8 @@ class Sampled:
     sample: Any
     key: Key[Array, ""]
 
-    def __call__(self, params: Params, numbered: tuple[Example, Integer[Array, ""]], /) -> Float[Array, ""]:
-        """Return the loss."""
+    def __call__(self, params: Params, numbered: tuple[Example, Integer[Array, ""]], /) -> Array:
+        """Return the loss; `taps.find` refuses what is no number."""
         example, number = numbered
         out = self.outputs(params, example)
         drawn = self.sample(jax.random.fold_in(self.key, number), jax.lax.stop_gradient(out), example)
@@ -42,8 +42,8 @@ class Observed:
 
     loss: Any
 
-    def __call__(self, params: Params, numbered: tuple[Example, Integer[Array, ""]], /) -> Float[Array, ""]:
-        """Return the loss."""
+    def __call__(self, params: Params, numbered: tuple[Example, Integer[Array, ""]], /) -> Array:
+        """Return the loss; `taps.find` refuses what is no number."""
         return self.loss(params, numbered[0])
 
 

@@ -22,7 +22,7 @@ def loss(params, example):
 
 def margin(params, example):
     values = logits(params, example)
-    return jnp.sum(jnp.where(jnp.arange(CLASSES) == example[1], values, -values / 2))
+    return jnp.sum(jnp.where(jnp.arange(CLASSES, dtype=jnp.int32) == example[1], values, -values / 2))
 
 
 def params(dtype=np.float64):
