@@ -137,7 +137,7 @@ def named_points(
     axes.set_xscale("log")
     axes.errorbar(x, y, yerr=[y - low, high - y], fmt="o", color=BLUE, ecolor=RULE, elinewidth=1.4, markersize=5)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.margins(x=0.14, y=0.08)
+    axes.margins(x=0.3, y=0.08)
     for name, value in (references or {}).items():
         _reference(axes, name, value)
     figure.draw_without_rendering()  # places are known in points only then
@@ -310,22 +310,29 @@ def _name_points(
     axes: Axes, places: Float[np.ndarray, "n 2"], data: Sequence[tuple[float, float]], names: Sequence[str]
 ) -> None:
     """Write each point's name right or left of it, and up or down until it lies on no point and no other name."""
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
-    for (x, y), point, name in sorted(zip(places, data, names, strict=True), key=lambda item: -item[0][1]):
-        width = 4.6 * len(name)
-        rises = sorted((10.0 * step for step in range(-6, 7)), key=abs)
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in places.tolist()]
+    begins, ends = (float(edge) * 72 / DPI for edge in (axes.bbox.x0, axes.bbox.x1))
+    for (x, y), point, name in sorted(zip(places.tolist(), data, names, strict=True), key=lambda item: -item[0][1]):
+        note = axes.annotate(name, point, (0, 0), textcoords="offset points", va="center", color=INK, fontsize=8)
+        note.set_in_layout(False)  # or the axes would give way to it, and nothing would lie where it was put
+        width = float(note.get_window_extent().width) * 72 / DPI
+        rises = sorted((2.0 * step for step in range(-30, 31)), key=abs)
         options = [(side, rise) for rise in rises for side in (7.0, -7.0 - width)]
 
         def free(option: tuple[float, float], x: float = x, y: float = y, width: float = width) -> bool:
-            left, bottom = x + option[0], y + option[1] - 5
-            return all(
-                right <= left or left + width <= begin or top <= bottom or bottom + 10 <= under
-                for begin, under, right, top in taken
+            left, bottom = x + option[0], y + option[1] - 4
+            return (
+                begins < left
+                and left + width < ends
+                and all(
+                    right <= left or left + width <= begin or top <= bottom or bottom + 8 <= under
+                    for begin, under, right, top in taken
+                )
             )
 
         side, rise = next(filter(free, options), options[0])
-        taken.append((x + side, y + rise - 5, x + side + width, y + rise + 5))
-        axes.annotate(name, point, (side, rise), textcoords="offset points", va="center", color=INK, fontsize=8)
+        taken.append((x + side, y + rise - 4, x + side + width, y + rise + 4))
+        note.set_position((side, rise))
 
 
 def _name_ends(axes: Axes, x: float, ends: Float[np.ndarray, " n"], names: Sequence[str], *, points: float) -> None:

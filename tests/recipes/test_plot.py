@@ -26,17 +26,47 @@ def thumbnail(value, caption):
     return plot.Thumbnail(np.full((4, 4, 1), value, np.uint8), caption)
 
 
+def scattered():
+    """Twelve points in two crowded places."""
+    rng = np.random.default_rng(1)
+    x, y = np.repeat([1.0, 300.0], 6) * rng.uniform(0.8, 1.2, 12), rng.uniform(0.4, 0.5, 12)
+    names = [f"method number {number}" for number in range(12)]
+    return x, y, names, plot.named_points(
+        x, y, y - 0.1, y + 0.2, names=names, labels=LABELS, references={"ceiling": 0.9}
+    )  # fmt: skip
+
+
 def figures():
     rng = np.random.default_rng(0)
     row = plot.Attribution(thumbnail(9, "query"), (thumbnail(1, "a"),), (thumbnail(2, "b"),))
     return {
         "lines": plot.line_with_band(X, MEAN, MEAN - 0.1, MEAN + 0.1, labels=LABELS, names=("a", "b")),
         "scatter": plot.scatter_predicted_actual(rng.normal(size=9), rng.normal(size=9), labels=LABELS, note="note"),
+        "points": scattered()[-1],
         "histogram": plot.histogram(rng.normal(size=50), labels=LABELS, marks={"mean": 0.0}),
         "bars": plot.bar_with_interval(["a", "b"], np.ones(2), np.zeros(2), 2 * np.ones(2), labels=LABELS),
         "strip": plot.image_strip([thumbnail(0, "a")], title="Strip"),
         "grid": plot.attribution_grid([row], title="Grid"),
     }
+
+
+def test_points_bear_their_names_apart_from_one_another_and_inside():
+    x, y, names, figure = scattered()
+    (axes,) = figure.axes
+    np.testing.assert_array_equal(axes.get_lines()[0].get_xydata(), np.stack([x, y], 1))
+    (bars,) = axes.collections
+    ends = np.array([segment[:, 1] for segment in bars.get_segments()])
+    np.testing.assert_allclose(ends, np.stack([y - 0.1, y + 0.2], 1))
+    assert axes.get_xscale() == "log"
+    notes = {text.get_text(): text for text in axes.texts}
+    assert notes.keys() == {*names, "ceiling"}
+    figure.draw_without_rendering()
+    boxes = [notes[name].get_window_extent() for name in names]
+    for number, box in enumerate(boxes):
+        assert notes[names[number]].xy == (x[number], y[number])
+        assert axes.bbox.x0 <= box.x0
+        assert box.x1 <= axes.bbox.x1
+        assert not any(box.shrunk(0.9, 0.7).overlaps(other.shrunk(0.9, 0.7)) for other in boxes[:number])
 
 
 def test_lines_carry_their_data_bands_and_references():
