@@ -256,7 +256,7 @@ def ridge(
     chosen = np.argmin(errors, axis=0)
     if held_out is not None:
         kernel = _kernel(_design(masks, every, weights, standardize=standardize), outputs, prior)
-    dual, multiple = _dual(kernel, jnp.asarray(values[chosen], kernel.spectrum.dtype)[:, None])
+    dual, multiple = _dual(kernel, _inverse(kernel, jnp.asarray(values[chosen], kernel.spectrum.dtype)))
     solution = jnp.matmul(jnp.matmul(dual, kernel.vectors.T, precision="highest"), kernel.design.rows,
                           precision="highest")  # fmt: skip
     multiples = np.asarray(multiple, np.float64) / kernel.norms
@@ -471,9 +471,13 @@ def _kernel(design: _Design, outputs: np.ndarray, prior: Float[np.ndarray, "n t"
     return _Kernel(design, spectrum, vectors, jnp.mean(spectrum), first, second, means, norms, wanted, divided[1])
 
 
-def _dual(kernel: _Kernel, damping: Float[Array, "*t"]) -> tuple[Float[Array, "t m"], Float[Array, " t"]]:
+def _inverse(kernel: _Kernel, damping: Float[Array, " d"]) -> Float[Array, "d m"]:
+    """Return the eigenvalues of `(XXᵀ + δ)⁻¹`, for one damping or one a target."""
+    return 1 / (kernel.spectrum[None, :] + damping[:, None] * kernel.unit)
+
+
+def _dual(kernel: _Kernel, inverse: Float[Array, "d m"]) -> tuple[Float[Array, "t m"], Float[Array, " t"]]:
     """Return the dual coefficients `(XXᵀ + δ)⁻¹ (y − γ p)` in the eigenvectors, and γ."""
-    inverse = 1 / (kernel.spectrum + damping * kernel.unit)
     across = jnp.sum(kernel.priors * inverse * kernel.targets, axis=1)
     within = jnp.sum(kernel.priors * inverse * kernel.priors, axis=1)
     multiple = jnp.where(within > 0, across / jnp.where(within > 0, within, 1), 0)
@@ -486,7 +490,8 @@ def _ridge_errors(kernel: _Kernel, damping: Float[Array, ""]) -> Float[Array, " 
     Left out, a row's error is its residual over one minus its leverage, that of the mean and the prior included.
     """
     design = kernel.design
-    dual, multiple = _dual(kernel, damping)
+    inverse = _inverse(kernel, damping[None])
+    dual, multiple = _dual(kernel, inverse)
     if not design.kept.all():
         across = jnp.matmul(jnp.matmul(design.others, design.rows.T, precision="highest"), kernel.vectors,
                             precision="highest")  # fmt: skip
@@ -494,14 +499,13 @@ def _ridge_errors(kernel: _Kernel, damping: Float[Array, ""]) -> Float[Array, " 
         return jnp.sum(jnp.square(kernel.wanted - predicted), axis=1) / design.weights[~design.kept].sum().astype(
             dual.dtype
         )
-    inverse = 1 / (kernel.spectrum + damping * kernel.unit)
     residual, slope = (
         jnp.matmul(each, kernel.vectors.T, precision="highest") for each in (dual, kernel.priors * inverse)
     )
     within = jnp.sum(kernel.priors * inverse * kernel.priors, axis=1, keepdims=True)
     mean = jnp.asarray(design.weights / design.weights.sum(), dual.dtype) / (damping * kernel.unit)
     kept = jnp.sum(jnp.square(kernel.vectors) * inverse, axis=1) - mean
-    kept = kept - jnp.square(slope) / jnp.where(within > 0, within, 1)
+    kept = kept[None, :] - jnp.square(slope) / jnp.where(within > 0, within, 1)
     tiny = jnp.finfo(dual.dtype).eps / (kernel.spectrum[-1] + damping * kernel.unit)
     return jnp.mean(jnp.square(residual / jnp.maximum(kept, tiny)), axis=1)
 

@@ -26,6 +26,14 @@ def problem():
     return masks, outputs * np.array([1, 10, 0.1, 1, 1, 1]) + np.arange(6)
 
 
+@pytest.fixture(scope="module")
+def noisy(problem):
+    """The same with more noise in some targets, whose best penalties are then within the path."""
+    masks, outputs = problem
+    noise = np.random.default_rng(5).normal(size=outputs.shape)
+    return masks, outputs + noise * np.array([0, 0, 0, 4, 8, 16])
+
+
 @pytest.fixture
 def small_sets(monkeypatch):
     """Working sets of 48 and 96 columns, so that targets outgrow both."""
@@ -65,7 +73,7 @@ def test_the_path_is_that_of_scikit_learn(problem, x64, small_sets, l1_ratio):
 
 
 def test_single_precision_reaches_the_same(problem, small_sets):
-    """float32 throughout: 1e-5 of a target's largest output, and a gap below 1e-6."""
+    """float32 throughout: a gap below 1e-6, and so coefficients to about its root times the outputs."""
     masks, outputs = problem
     found, info = surrogate.lasso(masks, outputs, path=Path(ratio=0.1, count=6), progress=False,
                                   solver=Solver(tolerance=1e-6))  # fmt: skip
@@ -74,16 +82,6 @@ def test_single_precision_reaches_the_same(problem, small_sets):
     coefficients, _ = sklearn_path(masks, outputs, info.lambdas[-1:])
     scale = np.abs(outputs).max(axis=0)
     np.testing.assert_allclose(found.coefficients / scale, coefficients[0] / scale, atol=3e-4)
-
-
-def test_single_precision_is_limited_by_the_gap_alone(problem):
-    """A tighter gap brings float32 to 1e-5 of scikit-learn."""
-    masks, outputs = problem
-    found, info = surrogate.lasso(masks, outputs, path=Path(ratio=0.3, count=4), progress=False,
-                                  solver=Solver(tolerance=2e-8))  # fmt: skip
-    coefficients, _ = sklearn_path(masks, outputs, info.lambdas[-1:])
-    scale = np.abs(outputs).max(axis=0)
-    np.testing.assert_allclose(found.coefficients / scale, coefficients[0] / scale, atol=1e-5)
 
 
 def test_weights_of_rows_and_columns_as_they_are(problem, x64, small_sets):
@@ -102,8 +100,8 @@ def test_weights_of_rows_and_columns_as_they_are(problem, x64, small_sets):
         assert found.intercepts[target] == pytest.approx(model.intercept_, rel=1e-6)
 
 
-def test_the_penalty_is_that_of_least_held_out_error(problem, x64, small_sets):
-    masks, outputs = problem
+def test_the_penalty_is_that_of_least_held_out_error(noisy, x64, small_sets):
+    masks, outputs = noisy
     held_out = surrogate.hold_out(jax.random.key(3), 90, fraction=0.3)
     assert held_out.sum() == 27
     settings = {"held_out": held_out, "path": Path(ratio=0.05, count=6), "progress": False}
@@ -119,13 +117,13 @@ def test_the_penalty_is_that_of_least_held_out_error(problem, x64, small_sets):
     np.testing.assert_allclose(found.coefficients, coefficients[info.chosen, :, own].T, atol=1e-4)
     again, refitted = surrogate.lasso(masks, outputs, solver=EXACT, **settings)
     whole, _ = sklearn_path(masks, outputs, info.penalties[None])
-    scale = np.abs(whole[0]).max(axis=0)
+    scale = np.maximum(np.abs(whole[0]).max(axis=0), 1e-3)  # 0 where the best penalty is the first
     np.testing.assert_allclose(again.coefficients / scale, whole[0] / scale, atol=1e-5)
     assert (refitted.gap <= 1e-12).all()
 
 
-def test_patience_ends_a_target_where_its_errors_rise(problem, small_sets):
-    masks, outputs = problem
+def test_patience_ends_a_target_where_its_errors_rise(noisy, small_sets):
+    masks, outputs = noisy
     settings = {
         "held_out": surrogate.hold_out(jax.random.key(3), 90, fraction=0.3), "path": Path(ratio=0.05, count=12),
         "progress": False,
@@ -268,7 +266,7 @@ def test_a_gap_that_rounding_keeps_open_is_an_error(problem, monkeypatch):
         surrogate.lasso(masks, outputs, path=Path(ratio=0.11, count=4), solver=Solver(1e-13), progress=False)
 
 
-def test_bad_input_is_refused(problem):
+def test_bad_input_is_refused(problem, shapes_unchecked):
     masks, outputs = problem
     for arguments, words in (
         ((masks[:-1], outputs), r"masks of \(89, 130\), outputs of \(90, 6\)"),
