@@ -66,7 +66,18 @@ def _magic() -> Recipe:
     return Recipe(magic.Config, magic.run)
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"trak": _trak, "comparison": _comparison, "magic": _magic}
+def _datamodels() -> Recipe:
+    from jattrib.recipes import datamodels
+
+    return Recipe(datamodels.Config, datamodels.run)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "trak": _trak,
+    "comparison": _comparison,
+    "magic": _magic,
+    "datamodels": _datamodels,
+}
 """Every recipe by the name that configs give it; imported when asked for, since recipes import JAX."""
 
 
