@@ -65,10 +65,11 @@ def product(
     chosen = _choose(backend, left.dtype)
     if chosen == "reference":
         if not compensated:
-            return (reference.product(left, right),)
+            return (_whole(reference.product(left, right), symmetric),)
         zero = jnp.zeros((a, b), dtype)
         pad = ((0, -n % reference.ROWS), (0, 0))
-        return tuple(reference.compensated(jnp.pad(left, pad), jnp.pad(right, pad), accumulator or Sum(zero, zero)))
+        made = reference.compensated(jnp.pad(left, pad), jnp.pad(right, pad), accumulator or Sum(zero, zero))
+        return tuple(_whole(part, symmetric) for part in made)
     kernel = pallas_gpu if chosen == "pallas_gpu" else pallas_tpu
     up, over = (-width % kernel.tile_for(width) for width in (a, b))
     down = max(ceil_to(n, kernel.ROWS), kernel.ROWS) - n
@@ -91,6 +92,7 @@ def product(
 
 
 def _whole(half: jax.Array, symmetric: bool) -> jax.Array:
+    """Return the matrix with its lower half above the diagonal, too: a product may round the two apart."""
     if not symmetric:
         return half
     row, column = (jax.lax.broadcasted_iota(jnp.int32, half.shape, axis) for axis in (0, 1))
