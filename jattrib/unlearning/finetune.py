@@ -1,0 +1,287 @@
+"""The one loop of unlearning: fine-tune many models at once, each on rows, targets and an order of its own.
+
+A method is what it gives this loop: per-example losses, weights of draws (below zero they ascend), learning rates by
+step, and which parameters may move.  The step is that of `train.loop`.
+"""
+
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from jattrib.core import mesh as meshes
+from jattrib.core import tree
+from jattrib.core.errors import DivergedError, InvalidInputError
+from jattrib.core.types import Batch, Params
+from jattrib.models.model import Apply
+from jattrib.train import loop
+
+
+class Models(NamedTuple):
+    """An ensemble: parameters and model states, stacked along a leading axis."""
+
+    params: Params
+    state: Any
+
+    @property
+    def size(self) -> int:
+        """How many models there are."""
+        return jax.tree.leaves(self.params)[0].shape[0]
+
+
+class Problem(NamedTuple):
+    """What is to be forgotten.
+
+    Attributes:
+        apply: the models' forward pass.
+        data: the training set, `(inputs, labels)`.
+        forget: the indices F of the examples to forget.
+    """
+
+    apply: Apply
+    data: tuple[Batch, Int[np.ndarray, " n"]]
+    forget: Int[np.ndarray, " f"]
+
+    @property
+    def retain(self) -> Int[np.ndarray, " r"]:
+        """The indices R of all other examples."""
+        return np.setdiff1d(np.arange(len(self.data[1])), self.forget)
+
+
+class Settings(NamedTuple):
+    """How long, and how fast, to fine-tune; the defaults are those of Datamodel Matching.
+
+    Attributes:
+        epochs: passes over the rows.
+        batch_size: rows a step.
+        learning_rate: of the first epoch.
+        decay: by which the rate is multiplied from epoch to epoch.
+        optimizer: `adam`, or `sgd` (with momentum .9).
+    """
+
+    epochs: int = 4
+    batch_size: int = 512
+    learning_rate: float = 1e-4
+    decay: float = 0.95
+    optimizer: Literal["adam", "sgd"] = "adam"
+
+
+DEFAULT = Settings()
+
+
+class Steps(NamedTuple):
+    """What one model's steps see; all arrays have a leading axis over the models when many are tuned.
+
+    Attributes:
+        order: which rows, and the weight of each draw.
+        rates: the learning rate of every step.
+    """
+
+    order: loop.Schedule
+    rates: Float[Array, "*models steps"]
+
+
+def problem(apply: Apply, data: tuple[Batch, Int[np.ndarray, " n"]], forget: Int[np.ndarray, " f"]) -> Problem:
+    """Return the problem of forgetting some examples, checked.
+
+    Raises:
+        InvalidInputError: `forget` is empty, covers everything, names an example twice, or one that is not there.
+    """
+    forget, n = np.asarray(forget), len(data[1])
+    remedy = f"give the indices of the examples to forget, each once, from 0 to {n - 1}"
+    if forget.size == 0 or forget.size >= n:
+        raise InvalidInputError(
+            f"a forget set of {forget.size} of {n} examples",
+            expected=f"from 1 to {n - 1} of them: something to forget and something to retain",
+            remedy=remedy,
+        )
+    if forget.min() < 0 or forget.max() >= n:
+        at = int(np.flatnonzero((forget < 0) | (forget >= n))[0])
+        raise InvalidInputError(
+            f"the forget index {forget[at]}, at place {at}", expected=f"indices from 0 to {n - 1}", remedy=remedy
+        )
+    numbers, counts = np.unique(forget, return_counts=True)
+    if (counts > 1).any():
+        raise InvalidInputError(
+            f"the forget index {numbers[counts > 1][0]}, {counts.max()} times",
+            expected="each index once",
+            remedy=remedy,
+        )
+    return Problem(apply, data, forget.astype(np.int64))
+
+
+def rates(settings: Settings, steps_per_epoch: int) -> Float[np.ndarray, " steps"]:
+    """Return the learning rate of every step, `η d^e` in epoch e."""
+    epochs = np.repeat(np.arange(settings.epochs), steps_per_epoch)
+    return (settings.learning_rate * settings.decay**epochs).astype(np.float32)
+
+
+def shuffled(
+    keys: Key[Array, " models"],
+    count: int,
+    settings: Settings,
+    *,
+    weights: Float[np.ndarray, " rows"] | None = None,
+) -> Steps:
+    """Return steps that pass over all rows in an order that each epoch and each model draws anew.
+
+    Args:
+        keys: one a model.
+        count: rows.
+        settings: epochs, batch size and rates.
+        weights: of the rows' draws; one each when left out.
+    """
+    plan = loop.Plan(settings.epochs, min(settings.batch_size, count), count)
+    loop.check_plan(plan, count)
+    return _shuffled(
+        keys,
+        None if weights is None else jnp.asarray(weights),
+        jnp.asarray(rates(settings, plan.steps_per_epoch)),
+        plan,
+    )
+
+
+@partial(jax.jit, static_argnums=3)
+def _shuffled(keys: Any, weights: Any, rates: Any, plan: loop.Plan) -> Steps:
+    def one(key: Key[Array, ""]) -> loop.Schedule:
+        order = loop.schedule(key, jnp.ones(plan.size, bool), plan)
+        return order if weights is None else order._replace(weights=weights[order.indices])
+
+    order = jax.vmap(one)(keys)
+    return Steps(order, jnp.broadcast_to(rates, (keys.shape[0], *rates.shape)))
+
+
+def then(first: Steps, second: Steps) -> Steps:
+    """Return the steps of one phase after those of another, with batches padded to one size."""
+    size = max(first.order.indices.shape[-1], second.order.indices.shape[-1])
+    orders = [_padded(each.order, size) for each in (first, second)]
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *orders)
+    return Steps(joined, jnp.concatenate([first.rates, second.rates], axis=1))
+
+
+def beside(first: Steps, second: Steps) -> Steps:
+    """Return steps whose batches are those of two passes side by side, the shorter pass begun again as often as needed.
+
+    A step's objective is the sum of both batches' means: each keeps the weight that it has alone.
+    """
+    again = np.arange(first.rates.shape[1]) % second.rates.shape[1]
+    orders = [_weighted(first.order), _weighted(jax.tree.map(lambda leaf: leaf[:, again], second.order))]
+    kept = [each.valid.sum(axis=-1, keepdims=True, dtype=jnp.float32) for each in orders]
+    total = sum(kept)
+    orders = [
+        each._replace(weights=each.weights * total / jnp.maximum(own, 1))
+        for each, own in zip(orders, kept, strict=True)
+    ]
+    return Steps(jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=2), *orders), first.rates)
+
+
+def _weighted(order: loop.Schedule) -> Any:
+    ones = jnp.ones(order.indices.shape, jnp.float32)
+    return order._replace(weights=ones if order.weights is None else order.weights.astype(jnp.float32))
+
+
+def _padded(order: loop.Schedule, size: int) -> loop.Schedule:
+    widths = [(0, 0), (0, 0), (0, size - order.indices.shape[-1])]
+    return jax.tree.map(lambda leaf: jnp.pad(leaf, widths), _weighted(order))
+
+
+def tune(
+    loss: loop.LossFn,
+    models: Models,
+    rows: Batch,
+    own: PyTree,
+    steps: Steps,
+    *,
+    optimizer: Literal["adam", "sgd"] = "adam",
+    movable: PyTree | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Models:
+    """Fine-tune every model, all of them in one program, and return them.
+
+    Step t moves θ by `η_t` times the optimiser's direction for `Σ_b v_tb s_tb ℓ(row_tb; θ) / Σ_b v_tb` (`loop.train`).
+
+    Args:
+        loss: per-example losses of a batch `(rows, own)`; a hashable value, for which the program is compiled.
+        models: the models to start from.
+        rows: what all models see: arrays with leading axis m.
+        own: what each sees of its own, targets say: arrays with leading axes models, m; an empty tuple where there is
+            nothing.
+        steps: orders, weights and rates (`shuffled`).
+        optimizer: `adam` or `sgd`.
+        movable: a pytree like the models' parameters of factors between 0 and 1 for the updates; none when left out.
+        mesh: spreads the models over its first axis.
+
+    Raises:
+        DivergedError: a model's parameters are no longer finite.
+        InvalidInputError: the mesh does not divide the models.
+    """
+    across = meshes.width(mesh)
+    if models.size % across:
+        raise InvalidInputError(
+            f"{models.size} models on a mesh of {across} devices",
+            expected=f"a multiple of {across}",
+            remedy="choose another number of models, or another mesh",
+        )
+    rows = meshes.replicate(jax.tree.map(jnp.asarray, rows), mesh)
+    spread = jax.tree.map(jnp.asarray, (models, own, steps, movable))
+    spread = spread if mesh is None else jax.device_put(spread, meshes.rows(mesh))
+    found = _tune(loss, optimizer, rows, *spread)
+    _check_finite(found)
+    return found
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _tune(loss: loop.LossFn, optimizer: str, rows: Batch, models: Models, own: Any, steps: Steps, movable: Any):
+    def one(params: Params, state: Any, own: Any, steps: Steps, movable: Any) -> Models:
+        rule = _optimizer(optimizer, steps.rates, movable)
+        trained = loop.train(loss, rule, (params, state), (rows, own), steps.order)
+        return Models(trained.params, trained.state)
+
+    return jax.vmap(one)(models.params, models.state, own, steps, movable)
+
+
+def _optimizer(name: str, rates: Float[Array, " steps"], movable: Any) -> optax.GradientTransformation:
+    direction = optax.scale_by_adam() if name == "adam" else optax.trace(decay=0.9)
+    parts = [direction, optax.scale_by_schedule(lambda count: -rates[count])]
+    if movable is not None:
+        parts.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, movable)))
+    return optax.chain(*parts)
+
+
+def _check_finite(models: Models) -> None:
+    finite = np.all(
+        [np.isfinite(meshes.fetch(leaf)).reshape(models.size, -1).all(1) for leaf in jax.tree.leaves(models.params)],
+        axis=0,
+    )
+    if not finite.all():
+        at = int((~finite).argmax())
+        raise DivergedError(
+            f"the parameters of model {at} are not finite ({int((~finite).sum())} of {models.size} models diverged)",
+            expected="finite parameters after fine-tuning",
+            remedy="lower the learning rate, or take fewer steps: ascent has no minimum to stop at",
+        )
+
+
+def logits(apply: Apply, models: Models, inputs: Batch, *, chunk: int = 4096) -> Float[np.ndarray, "models q c"]:
+    """Return every model's logits of some inputs, on the host."""
+    count = len(jax.tree.leaves(inputs)[0])
+    parts = [
+        np.asarray(_logits(apply, models, jax.tree.map(lambda leaf, at=at: jnp.asarray(leaf[at : at + chunk]), inputs)))
+        for at in range(0, count, chunk)
+    ]
+    return np.concatenate(parts, axis=1)
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(apply: Apply, models: Models, inputs: Batch) -> Float[Array, "models q c"]:
+    return jax.vmap(lambda params, state: apply(params, state, inputs, train=False)[0])(models.params, models.state)
+
+
+def moved(before: Models, after: Models) -> Float[np.ndarray, " models"]:
+    """Return how far each model has moved, `‖θ' − θ‖ / ‖θ‖`."""
+    change = tree.axpy(-1, before.params, after.params)
+    return np.asarray(jnp.sqrt(jax.vmap(tree.dot)(change, change) / jax.vmap(tree.dot)(before.params, before.params)))

@@ -1,0 +1,145 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jattrib.core.errors import InvalidInputError
+from jattrib.unlearning import baselines, finetune
+from jattrib.unlearning.finetune import Settings
+from tests.unlearning import oracles
+
+BRISK = Settings(epochs=2, batch_size=16, learning_rate=0.05)
+
+EVERY = {
+    "gradient_ascent": partial(baselines.gradient_ascent, settings=BRISK),
+    "retain_descent": partial(baselines.retain_descent, settings=BRISK),
+    "ascent_descent": partial(baselines.ascent_descent, settings=BRISK),
+    "neggrad_plus": partial(baselines.neggrad_plus, settings=BRISK),
+    "random_labels": partial(baselines.random_labels, settings=BRISK),
+    "salun": partial(baselines.salun, settings=BRISK),
+    "scrub": partial(baselines.scrub, settings=BRISK),
+    "ssd": partial(baselines.ssd, alpha=0.5, strength=0.3),
+    "newton_step": partial(baselines.newton_step, damping=1e-2),
+    "first_order": partial(baselines.first_order, rate=1.0),
+}
+
+
+def losses(problem, models, indices):
+    x, labels = problem.data[0][indices], problem.data[1][indices]
+    return np.stack([oracles.losses(oracles.stacked(models.params, at), x, labels) for at in range(models.size)])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_unlearner_moves_every_model(task, name):
+    problem, models, keys = task
+    found = EVERY[name](problem, models, keys)
+    assert (finetune.moved(models, found) > 1e-3).all()
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, models, found))
+
+
+def test_doing_nothing_moves_none(task):
+    problem, models, keys = task
+    assert (finetune.moved(models, baselines.nothing(problem, models, keys)) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["gradient_ascent", "neggrad_plus", "ascent_descent", "scrub", "random_labels"])
+def test_what_is_forgotten_fits_worse_than_after_descent_alone(trained, name):
+    problem, models, keys = trained
+    alone = EVERY["retain_descent"](problem, models, keys)
+    found = EVERY[name](problem, models, keys)
+    forget = problem.forget
+    assert (losses(problem, found, forget).mean(1) > losses(problem, models, forget).mean(1)).all()
+    if name not in ("gradient_ascent", "random_labels"):
+        assert (losses(problem, found, forget).mean(1) > losses(problem, alone, forget).mean(1) - 1e-3).all()
+        kept = losses(problem, found, problem.retain).mean(1) - losses(problem, models, problem.retain).mean(1)
+        assert (kept < 0.1).all()
+
+
+def test_descent_on_what_is_retained_lowers_its_loss(task):
+    problem, models, keys = task
+    found = EVERY["retain_descent"](problem, models, keys)
+    assert (losses(problem, found, problem.retain).mean(1) < losses(problem, models, problem.retain).mean(1)).all()
+
+
+def test_a_first_order_step_is_one_step_up(task):
+    problem, models, keys = task
+    found = baselines.first_order(problem, models, keys, rate=0.7)
+    x, labels = (each[problem.forget] for each in problem.data)
+    for model in range(2):
+        theta = oracles.stacked(models.params, model)
+        expected = theta + 0.7 * oracles.gradients(theta, x, labels).sum(axis=0) / 60
+        np.testing.assert_allclose(oracles.stacked(found.params, model), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_newtons_step_is_the_solve_with_the_explicit_hessian(trained):
+    """The Gauss-Newton matrix of softmax regression is its Hessian."""
+    problem, models, keys = trained
+    x, labels = (each[problem.retain] for each in problem.data)
+    theta = oracles.stacked(models.params, 0)
+    found = oracles.stacked(baselines.newton_step(problem, models, keys, damping=0.05).params, 0)
+    curvature = oracles.hessian(theta, x) + 0.05 * np.eye(theta.size)
+    step = np.linalg.solve(curvature, oracles.gradients(theta, x, labels).mean(axis=0).ravel())
+    np.testing.assert_allclose(found, theta - step.reshape(theta.shape), rtol=1e-3, atol=1e-4)
+
+
+def test_dampening_scales_down_what_matters_more_to_the_forget_set(task):
+    problem, models, keys = task
+    found = baselines.ssd(problem, models, keys, alpha=0.5, strength=0.3)
+    x, labels = problem.data
+    for model in range(2):
+        theta = oracles.stacked(models.params, model)
+        squares = np.square(oracles.gradients(theta, x, labels))
+        everything, forget = squares.mean(axis=0), squares[problem.forget].mean(axis=0)
+        expected = np.where(forget > 0.5 * everything, theta * np.minimum(0.3 * everything / forget, 1), theta)
+        assert 0 < (expected != theta).sum() < theta.size
+        np.testing.assert_allclose(oracles.stacked(found.params, model), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_only_salient_weights_move(task):
+    problem, models, keys = task
+    found = baselines.salun(problem, models, keys, settings=BRISK, saliency=0.2)
+    x, labels = (each[problem.forget] for each in problem.data)
+    for model in range(2):
+        theta = oracles.stacked(models.params, model)
+        size = np.abs(oracles.gradients(theta, x, labels).mean(axis=0))
+        salient = size >= np.sort(size.ravel())[-3]
+        change = oracles.stacked(found.params, model) - theta
+        assert (change[~salient] == 0).all()
+        assert (change[salient] != 0).all()
+
+
+def test_the_student_leaves_its_teacher_where_it_is_to_forget(trained):
+    problem, models, keys = trained
+    found = baselines.scrub(problem, models, keys, settings=BRISK, ascents=2, forget_batch=5)
+    before, after = (finetune.logits(problem.apply, each, problem.data[0]) for each in (models, found))
+    teacher, student = (np.asarray(jax.nn.log_softmax(each)) for each in (before, after))
+    divergence = (np.exp(teacher) * (teacher - student)).sum(axis=-1)
+    assert (divergence[:, problem.forget].mean(1) > 2 * divergence[:, problem.retain].mean(1)).all()
+
+
+def test_scrub_rewinds_to_the_epoch_of_the_error_that_is_asked_for(task):
+    problem, models, keys = task
+    settings = BRISK._replace(epochs=3, learning_rate=0.3)
+    x, labels = (each[problem.forget] for each in problem.data)
+
+    def errors(models):
+        return (finetune.logits(problem.apply, models, x).argmax(-1) != labels).mean(-1)
+
+    ends = [baselines.scrub(problem, models, keys, settings=settings._replace(epochs=n)) for n in (1, 2, 3)]
+    history = np.stack([errors(each) for each in ends])
+    goal = np.array([history[0, 0], history[2, 1]])
+    found = baselines.scrub(problem, models, keys, settings=settings, rewind=goal)
+    best = np.abs(history - goal).argmin(axis=0)
+    for model, end in enumerate(best):
+        np.testing.assert_allclose(found.params["kernel"][model], ends[end].params["kernel"][model], rtol=1e-5)
+
+
+def test_parts_are_parts(task):
+    problem, models, keys = task
+    with pytest.raises(InvalidInputError, match="part = 0"):
+        baselines.retain_descent(problem, models, keys, part=0.0)
+    with pytest.raises(InvalidInputError, match=r"saliency = 1\.5"):
+        baselines.salun(problem, models, keys, saliency=1.5)
+    assert jnp.isfinite(models.params["kernel"]).all()

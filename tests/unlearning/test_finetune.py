@@ -1,0 +1,117 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jattrib.core.errors import DivergedError, InvalidInputError
+from jattrib.unlearning import dmm, finetune
+from jattrib.unlearning.finetune import Settings
+from tests.unlearning import oracles
+
+
+@pytest.mark.parametrize(
+    ("forget", "said"),
+    [
+        ([], "a forget set of 0 of 60 examples"),
+        (range(60), "a forget set of 60 of 60 examples"),
+        ([3, 60], "the forget index 60, at place 1"),
+        ([-1], "the forget index -1"),
+        ([4, 7, 4], "the forget index 4, 2 times"),
+    ],
+)
+def test_a_forget_set_that_makes_no_sense_is_refused(task, forget, said):
+    problem, _, _ = task
+    with pytest.raises(InvalidInputError, match=said):
+        finetune.problem(problem.apply, problem.data, np.array(list(forget), np.int64))
+
+
+def test_the_retained_examples_are_all_others(task):
+    np.testing.assert_array_equal(task[0].retain, np.arange(5, 60))
+
+
+def test_the_loop_is_gradient_descent_with_momentum_on_logits(task):
+    problem, models, keys = task
+    settings = Settings(epochs=2, batch_size=4, learning_rate=0.05, decay=0.5, optimizer="sgd")
+    chosen = dmm.rows(problem, jax.random.key(2), forget_repeats=2, retain_ratio=1.0)
+    targets = np.random.default_rng(1).standard_normal((2, 10, 3)).astype(np.float32)
+    found = dmm.match(problem, models, chosen, targets, keys, settings=settings)
+    steps = finetune.shuffled(keys, 15, settings)
+    x = oracles.extended(problem.data[0][chosen.examples[chosen.draws]])
+    for model in range(2):
+        theta, velocity = oracles.stacked(models.params, model), 0.0
+        for step in range(8):
+            at = np.asarray(steps.order.indices[model, step])[np.asarray(steps.order.valid[model, step])]
+            difference = x[at] @ theta - targets[model][chosen.draws][at]
+            velocity = 0.9 * velocity + x[at].T @ difference * 2 / 3 / len(at)
+            theta = theta - 0.05 * 0.5 ** (step // 4) * velocity
+        np.testing.assert_allclose(oracles.stacked(found.params, model), theta, rtol=2e-5, atol=2e-6)
+
+
+def test_every_epoch_sees_every_row_once_in_an_order_of_its_own(task):
+    steps = finetune.shuffled(task[2], 10, Settings(epochs=3, batch_size=4))
+    orders = np.asarray(steps.order.indices)[np.asarray(steps.order.valid)].reshape(2, 3, 10)
+    np.testing.assert_array_equal(np.sort(orders), np.broadcast_to(np.arange(10), (2, 3, 10)))
+    assert len({tuple(order) for order in orders.reshape(6, 10)}) == 6
+
+
+def test_batches_side_by_side_keep_their_own_means(task):
+    keys = task[2]
+    first = finetune.shuffled(keys, 9, Settings(1, 4), weights=np.full(9, 2.0, np.float32))
+    second = finetune.shuffled(keys, 2, Settings(1, 2), weights=np.full(2, -3.0, np.float32))
+    both = finetune.beside(first, second).order
+    assert both.indices.shape == (2, 3, 6)
+    share = np.asarray(both.weights) * np.asarray(both.valid) / np.asarray(both.valid.sum(-1, keepdims=True))
+    np.testing.assert_allclose(share[..., :4].sum(-1), 2.0, rtol=1e-6)
+    np.testing.assert_allclose(share[..., 4:].sum(-1), -3.0, rtol=1e-6)
+
+
+def test_phases_follow_one_another(task):
+    keys = task[2]
+    first = finetune.shuffled(keys, 3, Settings(1, 2, learning_rate=1.0))
+    second = finetune.shuffled(keys, 4, Settings(1, 4, learning_rate=2.0))
+    joined = finetune.then(first, second)
+    np.testing.assert_allclose(joined.rates, [[1, 1, 2]] * 2)
+    np.testing.assert_array_equal(joined.order.valid.sum(-1), [[2, 1, 4]] * 2)
+
+
+def test_models_do_not_see_one_another(task):
+    problem, models, keys = task
+    chosen = dmm.rows(problem, jax.random.key(2))
+    targets = np.ones((2, len(chosen.examples), 3), np.float32)
+    together = dmm.match(problem, models, chosen, targets, keys)
+    alone = dmm.match(problem, jax.tree.map(lambda leaf: leaf[1:], models), chosen, targets[1:], keys[1:])
+    np.testing.assert_allclose(together.params["kernel"][1], alone.params["kernel"][0], rtol=1e-5)
+
+
+def test_models_spread_over_devices_are_the_same(task):
+    problem, models, keys = task
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    chosen = dmm.rows(problem, jax.random.key(2))
+    targets = np.ones((2, len(chosen.examples), 3), np.float32)
+    one, two = (dmm.match(problem, models, chosen, targets, keys, mesh=each) for each in (None, mesh))
+    np.testing.assert_allclose(one.params["kernel"], two.params["kernel"], rtol=1e-5)
+    with pytest.raises(InvalidInputError, match="1 models on a mesh of 2 devices"):
+        dmm.match(problem, jax.tree.map(lambda leaf: leaf[1:], models), chosen, targets[1:], keys[1:], mesh=mesh)
+
+
+def test_ascent_that_leaves_the_finite_numbers_says_so(task):
+    problem, models, keys = task
+    chosen = dmm.rows(problem, jax.random.key(2))
+    targets = np.full((2, len(chosen.examples), 3), np.float32(np.inf))
+    with pytest.raises(DivergedError, match="parameters of model 0 are not finite"):
+        dmm.match(problem, models, chosen, targets, keys)
+
+
+def test_logits_come_in_chunks(task):
+    problem, models, _ = task
+    whole = finetune.logits(problem.apply, models, problem.data[0])
+    np.testing.assert_allclose(whole, finetune.logits(problem.apply, models, problem.data[0], chunk=30), rtol=1e-6)
+    for model in range(2):
+        theta = oracles.stacked(models.params, model)
+        np.testing.assert_allclose(whole[model], oracles.extended(problem.data[0]) @ theta, rtol=1e-4, atol=1e-5)
+
+
+def test_how_far_models_moved(task):
+    _, models, _ = task
+    after = models._replace(params=jax.tree.map(lambda leaf: jnp.float32(1.25) * leaf, models.params))
+    np.testing.assert_allclose(finetune.moved(models, after), 0.25, rtol=1e-6)
