@@ -40,6 +40,12 @@ def small_sets(monkeypatch):
     monkeypatch.setattr(elastic_net, "SIZES", (48, 96))
 
 
+@pytest.fixture
+def one_set(monkeypatch):
+    """All columns at once: fewer programs to compile, where sets are not what is tested."""
+    monkeypatch.setattr(elastic_net, "SIZES", ())
+
+
 def sklearn_path(masks, outputs, lambdas, *, l1_ratio=1.0, standardize=True, weights=None):
     """Return coefficients [k, n, t] and intercepts [k, t] in natural units, by coordinate descent to 1e-14."""
     found = np.zeros((len(lambdas), masks.shape[1], outputs.shape[1])), np.zeros((len(lambdas), outputs.shape[1]))
@@ -72,7 +78,7 @@ def test_the_path_is_that_of_scikit_learn(problem, x64, small_sets, l1_ratio):
     np.testing.assert_allclose(info.lambdas[-1] / info.lambdas[0], 0.03)
 
 
-def test_single_precision_reaches_the_same(problem, small_sets):
+def test_single_precision_reaches_the_same(problem, one_set):
     """float32 throughout: a gap below 1e-6, and so coefficients to about its root times the outputs."""
     masks, outputs = problem
     found, info = surrogate.lasso(masks, outputs, path=Path(ratio=0.1, count=6), progress=False,
@@ -84,7 +90,7 @@ def test_single_precision_reaches_the_same(problem, small_sets):
     np.testing.assert_allclose(found.coefficients / scale, coefficients[0] / scale, atol=3e-4)
 
 
-def test_weights_of_rows_and_columns_as_they_are(problem, x64, small_sets):
+def test_weights_of_rows_and_columns_as_they_are(problem, x64, one_set):
     """With no standardisation the objective is scikit-learn's own, sample weights included."""
     masks, outputs = problem
     weights = np.random.default_rng(1).uniform(0.1, 3, len(masks))
@@ -100,7 +106,7 @@ def test_weights_of_rows_and_columns_as_they_are(problem, x64, small_sets):
         assert found.intercepts[target] == pytest.approx(model.intercept_, rel=1e-6)
 
 
-def test_the_penalty_is_that_of_least_held_out_error(noisy, x64, small_sets):
+def test_the_penalty_is_that_of_least_held_out_error(noisy, x64, one_set):
     masks, outputs = noisy
     held_out = surrogate.hold_out(jax.random.key(3), 90, fraction=0.3)
     assert held_out.sum() == 27
@@ -122,7 +128,7 @@ def test_the_penalty_is_that_of_least_held_out_error(noisy, x64, small_sets):
     assert (refitted.gap <= 1e-12).all()
 
 
-def test_patience_ends_a_target_where_its_errors_rise(noisy, small_sets):
+def test_patience_ends_a_target_where_its_errors_rise(noisy, one_set):
     masks, outputs = noisy
     settings = {
         "held_out": surrogate.hold_out(jax.random.key(3), 90, fraction=0.3), "path": Path(ratio=0.05, count=12),
@@ -139,7 +145,7 @@ def test_patience_ends_a_target_where_its_errors_rise(noisy, small_sets):
         assert short.chosen[target] == best[end]
 
 
-def test_columns_that_depend_on_one_another_do_not_stop_it(x64):
+def test_columns_that_depend_on_one_another_do_not_stop_it(x64, one_set):
     """Every column twice, and a target in their span: the solution is not unique, the fit and its gap are."""
     rng = np.random.default_rng(2)
     masks = np.repeat(rng.random((40, 20)) < 0.5, 2, axis=1)
@@ -155,7 +161,7 @@ def test_columns_that_depend_on_one_another_do_not_stop_it(x64):
     np.testing.assert_allclose(sums, single.coefficients[:, 0], atol=1e-5)
 
 
-def test_neither_chunks_nor_devices_matter(problem, monkeypatch, small_sets):
+def test_neither_chunks_nor_devices_matter(problem, monkeypatch, one_set):
     masks, outputs = problem
     held_out = surrogate.hold_out(jax.random.key(3), 90, fraction=0.3)
     settings = {"held_out": held_out, "path": Path(ratio=0.1, count=5), "progress": False}
@@ -171,7 +177,7 @@ def test_neither_chunks_nor_devices_matter(problem, monkeypatch, small_sets):
     np.testing.assert_allclose(other.errors, info.errors, rtol=1e-3)
 
 
-def test_a_gram_matrix_too_large_to_keep_is_done_without(problem, x64, small_sets, monkeypatch):
+def test_a_gram_matrix_too_large_to_keep_is_done_without(problem, x64, one_set, monkeypatch):
     masks, outputs = problem
     settings = {"path": Path(ratio=0.1, count=4), "solver": EXACT, "progress": False}
     kept, _ = surrogate.lasso(masks, outputs, **settings)
@@ -235,7 +241,7 @@ def test_least_squares_are_exact_with_and_without_enough_rows(x64, rows):
     np.testing.assert_allclose(found.intercepts, model.intercept_, atol=1e-8)
 
 
-def test_a_target_that_is_constant_has_no_weights(problem):
+def test_a_target_that_is_constant_has_no_weights(problem, one_set):
     masks, outputs = problem
     flat = np.concatenate([outputs[:, :1], np.full((90, 1), 3.0)], axis=1)
     found, info = surrogate.lasso(masks, flat, path=Path(ratio=0.1, count=5), progress=False)
