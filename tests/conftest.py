@@ -1,10 +1,12 @@
 """Every test runs on eight CPU devices, with strict types, and any warning is an error."""
 
+import importlib.util
 import os
 import tempfile
 
-# Many tests, the workers that share them and the processes that some of them start compile the same programs.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# Many tests, the workers that share them and the processes that some of them start compile the same programs.  What is
+# compiled for hardware that is not there, in an environment that has its compilers, cannot be read back.
+if "PYTEST_XDIST_WORKER" not in os.environ and importlib.util.find_spec("libtpu") is None:
     CACHE = tempfile.TemporaryDirectory(prefix="jattrib-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"

@@ -103,7 +103,9 @@ def test_it_compiles_and_fits(program, tmp_path):
     topology.check(program, row, text)
     # R, whose bits alone would be p·k/8 bytes, is nowhere.
     case = next(case for case in cases.LARGE if program.case.startswith(case.name.replace(" ", "-")))
-    assert row["temporaries_bytes"] < max(case.p * case.dim / 16, 2**26)
+    # What is summed over devices, as long as the result, is there before and after.
+    sums = 2.2 * row["outputs_bytes"] if program.case.endswith("transpose-columns") else 0
+    assert row["temporaries_bytes"] < max(case.p * case.dim / 16, 2**26) + sums
     assert ("all-reduce" in text) == program.case.endswith(SUMS)
     assert not any(name in text for name in ("all-gather", "all-to-all", "reduce-scatter"))
 
