@@ -7,7 +7,7 @@ A lower floor never imports a higher one.
 * `metrics`: linear datamodeling score, leave-out tests, KLoM, correlations, bootstrap intervals: arrays in, numbers out
 * `data`: Fashion-MNIST and its embedded excerpt, digits, NPZ, texts and tokens; seeded subset masks
 * `models`: MLP, ResNet-9 and decoders as pure functions, the door for models of any library, output functions
-* `train`: one `lax.scan` over an index schedule; ensembles, each member on its own mask and seed; replay, its derivative
+* `train`: one `lax.scan` over an index schedule; ensembles, each on its own mask and seed; replay, its derivative
 * `grads`: per-example gradients, whole or as layer inputs and output gradients
 * `projection`: random projections of gradient pytrees; the only door to the kernels
 * `curvature`: products with it, and damped inverses: conjugate gradients, LiSSA, Arnoldi, EK-FAC, explicit
