@@ -28,7 +28,7 @@ from jattrib.core.sources import InMemory, Items, Subset
 from jattrib.core.store import Rows
 from jattrib.core.types import Batch, Fold, Source
 
-__all__ = ["InMemory", "Items", "Subset", "fold", "map_rows"]
+__all__ = ["InMemory", "Items", "Subset", "fold", "lower_rows", "map_rows"]
 
 
 def fold(
@@ -201,6 +201,29 @@ def map_rows(
             sink.put(first, rows)
             advance(len(jax.tree.leaves(rows)[0]))
     return sink.result()
+
+
+def lower_rows(
+    fn: Callable[[Any, Batch], PyTree], operand: PyTree, batch: Batch, *, chunk: int, mesh: Mesh | None = None
+) -> jax.stages.Lowered:
+    """Lower the program of one chunk of `map_rows` and run nothing: its `compile().memory_analysis()` says what fits.
+
+    `operand` and `batch` (some examples, any number) may be abstract, and the mesh of devices that are only described.
+    """
+    size = meshes.padded_size(chunk, meshes.width(mesh))
+
+    def like(leaf: Any, sharding: Any, rows: int | None = None) -> jax.ShapeDtypeStruct:
+        shape = np.shape(leaf) if rows is None else (rows, *np.shape(leaf)[1:])
+        return jax.ShapeDtypeStruct(shape, jnp.result_type(leaf), sharding=sharding)
+
+    whole, split = (None, None) if mesh is None else (meshes.replicated(mesh), meshes.rows(mesh))
+    function, operand = jax.tree.map(lambda leaf: like(leaf, whole), (tree.callable_tree(fn), operand))
+    batch = jax.tree.map(lambda leaf: like(leaf, split, size), batch)
+    if mesh is None:
+        return _rows.lower(function, operand, batch, size=size, mesh=None)
+    platform = mesh.devices.flat[0].platform.replace("gpu", "cuda")
+    with jax.set_mesh(mesh):  # the lowering asks the current mesh, not the arguments, which device it is for
+        return _rows.trace(function, operand, batch, size=size, mesh=mesh).lower(lowering_platforms=(platform,))
 
 
 def _computed(

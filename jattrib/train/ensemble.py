@@ -6,66 +6,31 @@ ensemble resumes and a longer one extends a shorter one; and a mesh spreads the 
 """
 
 import hashlib
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Bool, Float, Integer, Key, PyTree
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Bool, Float, Integer, Key, PyTree, UInt8, UInt32
 
-from jattrib.core import store, stream, tree
+from jattrib.core import files, store, stream, tree
+from jattrib.core import mesh as meshes
 from jattrib.core.errors import DivergedError, InvalidInputError, StoreError
 from jattrib.core.types import Batch
-from jattrib.models.model import Model
-from jattrib.train import loop
+from jattrib.train import chunk, loop
+from jattrib.train import fit as fits
+from jattrib.train.chunk import Ensemble, Strategy
 
-Strategy = Literal["vmap", "map", "threads", "steps"]
-"""How a device runs the models of a chunk.
+PROBE_STEPS, PROBE_MODELS = 16, 8
+"""Steps by which `choose` compares strategies, and models where no width is given."""
 
-`vmap`: side by side, in one program.  `map`: one after another, in one program.  `threads`, for the CPU: as many at a
-time as there are cores, each in a program of one thread, so that no core waits for another.  `steps`: one after
-another, a call a step, for programs that the compiler makes slow inside a loop (convolutions on the CPU).  The last
-two take no mesh.
-"""
-
-CALLS: tuple[Strategy, ...] = ("threads", "steps")
-"""The strategies that are Python around compiled programs, not a program."""
-
-PROBE_STEPS = 16
-"""Steps by which `choose` compares strategies."""
-
-
-class Ensemble(NamedTuple):
-    """Everything that the members of an ensemble share.
-
-    Attributes:
-        model: initialisation and forward pass.
-        optimizer: an optax transformation.
-        plan: epochs, batch size, examples an epoch.
-        removal: `skip`: a member passes over its own mask's examples only.  `zero_weight`: every member passes over
-            all n examples, in an order that depends on its key alone, and those outside its mask weigh nothing:
-            members with one key are then **paired**, alike but for what was removed.
-        strategy: how a device runs the models of a chunk (see `choose`).
-        width: models in a chunk, all in memory at once.
-    """
-
-    model: Model
-    optimizer: optax.GradientTransformation
-    plan: loop.Plan
-    removal: Literal["skip", "zero_weight"] = "skip"
-    strategy: Strategy = "vmap"
-    width: int = 16
-
-
-Members = tuple[Bool[Array, "w n"], Key[Array, " w"]]
-"""Masks and keys."""
+MOST = 64
+"""The most models of a device's chunk when no width is given: more are no faster, and a killed run loses a chunk."""
 
 
 def member_keys(
@@ -130,9 +95,11 @@ def collect(
     """
     _check(ensemble, data, masks, keys, mesh)
     data = jax.tree.map(jnp.asarray, data)
+    width = _width(outputs, ensemble, data, len(masks), mesh, directory)
+    ensemble = ensemble._replace(width=None)  # compiled for shapes, not for a setting
     members = _MemberSource(masks, keys)
     operand = (tree.callable_tree(outputs), data)
-    shapes = partial(_train_chunk, ensemble._replace(strategy="vmap"))  # quick to trace, and alike
+    shapes = partial(chunk.train_chunk, ensemble._replace(strategy="vmap"))  # quick to trace, and alike
     like = jax.eval_shape(shapes, operand, members.take(np.arange(1)))
     into = None
     if directory is not None:
@@ -140,13 +107,13 @@ def collect(
             directory,
             arrays=store.row_arrays(like),
             length=len(members),
-            chunk=ensemble.width,
+            chunk=width,
             identity={**_identity(ensemble, data), **(identity or {})},
         )
         _check_members(into, members)
     found = stream.map_rows(
-        partial(_train_chunk, ensemble), operand, members, chunk=ensemble.width, mesh=mesh, into=into, label=label,
-        check=_check_finite, compiled=ensemble.strategy not in CALLS,
+        partial(chunk.train_chunk, ensemble), operand, members, chunk=width, mesh=mesh, into=into, label=label,
+        check=_check_finite, compiled=ensemble.strategy not in chunk.CALLS,
     )  # fmt: skip
     if into is not None:
         found = tree.from_names(like, {name: into.array(name) for name in tree.to_names(like)})
@@ -158,23 +125,106 @@ def choose(
 ) -> dict[Strategy, float]:
     """Return the seconds a model of each strategy here, fastest first, from a few steps of one chunk."""
     plan = ensemble.plan._replace(epochs=1, size=min(ensemble.plan.size, PROBE_STEPS * ensemble.plan.batch_size))
-    chosen = np.arange(ensemble.width) % len(masks)
+    width = ensemble.width or PROBE_MODELS
+    chosen = np.arange(width) % len(masks)
     members = _MemberSource(masks, keys).take(chosen)
     operand = (tree.callable_tree(_nothing), jax.tree.map(jnp.asarray, data))
     seconds: dict[Strategy, float] = {}
     for strategy in get_args(Strategy):
-        run = partial(_train_chunk, ensemble._replace(plan=plan, strategy=strategy))
-        run = run if strategy in CALLS else jax.jit(run)
+        run = partial(chunk.train_chunk, ensemble._replace(plan=plan, strategy=strategy))
+        run = run if strategy in chunk.CALLS else jax.jit(run)
         jax.block_until_ready(run(operand, members))  # compiles
         begun = time.perf_counter()
         jax.block_until_ready(run(operand, members))
-        seconds[strategy] = (time.perf_counter() - begun) / ensemble.width
+        seconds[strategy] = (time.perf_counter() - begun) / width
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def fit(
+    outputs: Callable[[loop.Trained], PyTree],
+    ensemble: Ensemble,
+    data: Batch,
+    count: int,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    capacity: int | None = None,
+) -> fits.Fit:
+    """Return how `collect` would train `count` models here, or on devices that are only described, and run nothing.
+
+    The program of a chunk is compiled for the devices, and its memory is what the compiler says; without
+    `ensemble.width`, the width is the largest that fits, up to `MOST` models a device, or four a core for the
+    strategies that are calls.
+
+    Args:
+        outputs: as in `collect`.
+        ensemble: what the members share.
+        data: the whole training set; its arrays may be abstract (`jax.ShapeDtypeStruct`).
+        count: models.
+        mesh: spreads the models of a chunk over its first axis.
+        capacity: bytes of a device; when left out, nine tenths of what it has.
+
+    Raises:
+        InvalidInputError: not even one model a device fits, the strategy does not fit the mesh, or a described
+            device's memory is unknown.
+    """
+    _check_strategy(ensemble, mesh)
+    devices = meshes.width(mesh)
+    capacity = capacity or fits.capacity(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
+    held = partial(_memory, outputs, ensemble, data, mesh)
+    if ensemble.width is not None:
+        each = meshes.padded_size(ensemble.width, devices) // devices
+    else:
+        most = min(-(-count // devices), 4 * chunk.cores() if ensemble.strategy in chunk.CALLS else MOST)
+        each = fits.widest(lambda width: held(width).total, most, capacity)
+    return fits.Fit(each * devices, -(-count // (each * devices)), devices, held(each), capacity)
+
+
+def _memory(
+    outputs: Callable[[loop.Trained], PyTree],
+    ensemble: Ensemble,
+    data: Batch,
+    mesh: jax.sharding.Mesh | None,
+    each: int,
+) -> fits.Memory:
+    """Return what a chunk of `each` models a device holds there."""
+    n = len(jax.tree.leaves(data)[0])
+    words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    operand = (tree.callable_tree(outputs), data)
+    if ensemble.strategy not in chunk.CALLS:
+        rows = {"masks": ((n,), bool), "keys": (words.shape, words.dtype), "names": ((32,), np.uint8)}
+        batch = {name: jax.ShapeDtypeStruct((1, *shape), dtype) for name, (shape, dtype) in rows.items()}
+        run = partial(chunk.train_chunk, ensemble)
+        return fits.memory(stream.lower_rows(run, operand, batch, chunk=each * meshes.width(mesh), mesh=mesh).compile())
+    mask, key = jax.ShapeDtypeStruct((n,), bool), jax.eval_shape(lambda: jax.random.key(0))
+    one = fits.memory(chunk.train_on_one_core.lower(ensemble, operand, mask, key).compile())
+    at_once = chunk.cores() if ensemble.strategy == "threads" else 1
+    return fits.Memory(one.arguments, each * one.outputs, at_once * one.temporaries)
+
+
+def _width(
+    outputs: Callable[[loop.Trained], PyTree],
+    ensemble: Ensemble,
+    data: Batch,
+    count: int,
+    mesh: jax.sharding.Mesh | None,
+    directory: Path | None,
+) -> int:
+    """Return the width that is given, or the directory's, or the largest that fits; the same on every process."""
+    if ensemble.width is not None:
+        return ensemble.width
+    if directory is not None and (directory / files.MANIFEST).is_file():
+        width = store.Rows.open(directory).chunk
+    else:
+        width = fit(outputs, ensemble, data, count, mesh=mesh).width
+    return int(multihost_utils.broadcast_one_to_all(np.int32(width))) if jax.process_count() > 1 else width
+
+
+def names(masks: Bool[np.ndarray, "m n"], words: UInt32[np.ndarray, "m k"]) -> UInt8[np.ndarray, "m 32"]:
+    """Return the digest of each member's mask and words of the key: what a directory knows it by."""
+    found = [
+        hashlib.sha256(np.packbits(mask).tobytes() + key.tobytes()) for mask, key in zip(masks, words, strict=True)
+    ]
+    return np.frombuffer(b"".join(each.digest() for each in found), np.uint8).reshape(-1, 32)
 
 
 def whole(trained: loop.Trained) -> loop.Trained:
@@ -184,10 +234,6 @@ def whole(trained: loop.Trained) -> loop.Trained:
 
 def _nothing(trained: loop.Trained) -> Float[Array, ""]:
     return trained.losses[-1]
-
-
-_Rows = dict[str, PyTree]
-"""What is kept of members: outputs and losses."""
 
 
 class _MemberSource(NamedTuple):
@@ -200,105 +246,8 @@ class _MemberSource(NamedTuple):
         return self.masks.shape[0]
 
     def take(self, indices: Integer[np.ndarray, " w"], /) -> dict[str, np.ndarray]:
-        words = np.asarray(jax.random.key_data(self.keys))[indices]
-        masks = self.masks[indices]
-        names = [
-            hashlib.sha256(np.packbits(mask).tobytes() + key.tobytes()).digest()
-            for mask, key in zip(masks, words, strict=True)
-        ]
-        return {"masks": masks, "keys": words, "names": np.frombuffer(b"".join(names), np.uint8).reshape(-1, 32)}
-
-
-Operand = tuple[Callable[[loop.Trained], PyTree], Batch]
-"""What is wanted of a trained model, and the data."""
-
-
-def _train_chunk(ensemble: Ensemble, operand: Operand, members: Mapping[str, Any]) -> dict[str, PyTree]:
-    """Train the members of a chunk: the rows of the pass."""
-    keys = jax.random.wrap_key_data(members["keys"])
-    run = {"vmap": _side_by_side, "map": _one_by_one, "threads": _core_by_core, "steps": _step_by_step}
-    found = run[ensemble.strategy](ensemble, operand, jnp.asarray(members["masks"]), keys)
-    return {**found, "names": members["names"]}
-
-
-def _side_by_side(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> _Rows:
-    return jax.vmap(partial(_train_member, ensemble, operand))(masks, keys)
-
-
-def _one_by_one(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> _Rows:
-    return jax.lax.map(lambda member: _train_member(ensemble, operand, *member), (masks, keys))
-
-
-def _core_by_core(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> _Rows:
-    def row(mask: Bool[Array, " n"], key: Key[Array, ""]) -> _Rows:
-        return jax.block_until_ready(_train_on_one_core(ensemble, operand, mask, key))
-
-    with ThreadPoolExecutor(cores()) as pool:
-        return _stack(pool.map(row, masks, keys))
-
-
-def _step_by_step(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> _Rows:
-    outputs, data = operand
-    found = []
-    for mask, key in zip(masks, keys, strict=True):
-        start = _start_jitted(ensemble, mask, key)
-        carry: loop.Carry = (*start.initial, ensemble.optimizer.init(start.initial[0]))
-        values = []
-        for row in range(ensemble.plan.steps):
-            order = jax.tree.map(lambda leaf, row=row: leaf[row], start.order)
-            carry, value = _one_step(ensemble, data, start.weights, carry, order)
-            values.append(value)
-        losses = jnp.stack(values).reshape(ensemble.plan.epochs, -1).mean(axis=1)
-        found.append(_finish_jitted(outputs, loop.Trained(carry[0], carry[1], losses)))
-    return _stack(found)
-
-
-def _stack(rows: Iterable[_Rows]) -> _Rows:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
-
-
-class _Start(NamedTuple):
-    """What a member's training starts from."""
-
-    initial: tuple[Any, Any]
-    order: loop.Schedule
-    weights: Float[Array, " n"] | None
-
-
-def _start(ensemble: Ensemble, mask: Bool[Array, " n"], key: Key[Array, ""]) -> _Start:
-    init_key, order_key = jax.random.split(key)
-    initial = ensemble.model.init(init_key)
-    if ensemble.removal == "skip":
-        return _Start(initial, loop.schedule(order_key, mask, ensemble.plan), None)
-    return _Start(initial, loop.schedule(order_key, jnp.ones_like(mask), ensemble.plan), mask.astype(jnp.float32))
-
-
-_start_jitted = jax.jit(_start, static_argnums=0)
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _one_step(ensemble: Ensemble, data: Batch, weights: Any, carry: loop.Carry, row: loop.Schedule):
-    return loop.step(loop.classification_loss(ensemble.model), ensemble.optimizer, data, weights)(carry, row)
-
-
-def _train_member(ensemble: Ensemble, operand: Operand, mask: Bool[Array, " n"], key: Key[Array, ""]) -> _Rows:
-    outputs, data = operand
-    start = _start(ensemble, mask, key)
-    trained = loop.train(
-        loop.classification_loss(ensemble.model), ensemble.optimizer, start.initial, data, start.order,
-        weights=start.weights, epochs=ensemble.plan.epochs,
-    )  # fmt: skip
-    return _finish(outputs, trained)
-
-
-_train_on_one_core = jax.jit(_train_member, static_argnums=0, compiler_options={"xla_cpu_multi_thread_eigen": False})
-
-
-def _finish(outputs: Callable[[loop.Trained], PyTree], trained: loop.Trained) -> _Rows:
-    return {"outputs": outputs(trained), "losses": trained.losses}
-
-
-_finish_jitted = jax.jit(_finish)
+        masks, words = self.masks[indices], np.asarray(jax.random.key_data(self.keys))[indices]
+        return {"masks": masks, "keys": words, "names": names(masks, words)}
 
 
 def _identity(ensemble: Ensemble, data: Batch) -> dict[str, Any]:
@@ -329,7 +278,11 @@ def _check(
             expected=f"from 1 to plan.size = {ensemble.plan.size} of them",
             remedy="drop empty masks, and set plan.size to the count of the largest mask",
         )
-    if mesh is not None and ensemble.strategy in CALLS:
+    _check_strategy(ensemble, mesh)
+
+
+def _check_strategy(ensemble: Ensemble, mesh: jax.sharding.Mesh | None) -> None:
+    if mesh is not None and ensemble.strategy in chunk.CALLS:
         raise InvalidInputError(
             f"strategy {ensemble.strategy!r} on a mesh", expected="'vmap' or 'map'",
             remedy="choose either, or pass no mesh",

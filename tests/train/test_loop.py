@@ -93,6 +93,26 @@ def test_a_smaller_mask_is_padded_at_the_end_of_each_epoch():
     indices = np.asarray(order.indices).reshape(3, 12)
     for row, keep in zip(indices, valid, strict=True):
         np.testing.assert_array_equal(np.sort(row[keep]), np.arange(6))
+        assert row.max() < 6  # batch statistics must not see an excluded example
+
+
+@pytest.mark.parametrize("n", [1, 2, 700, 3001])
+def test_words_are_ordered_as_a_stable_sort_orders_them(n):
+    rng = np.random.default_rng(n)
+    words = rng.integers(0, 2**31, n, dtype=np.uint32)
+    crowded = (rng.integers(0, 4, n) << 20 | rng.integers(0, 50, n)).astype(np.uint32)  # many equal high bits, and ties
+    order = jax.jit(loop._argsort)
+    for values in (words, crowded):
+        np.testing.assert_array_equal(order(values), np.argsort(values, kind="stable"))
+
+
+def test_examples_are_taken_as_indexing_takes_them():
+    rng = np.random.default_rng(0)
+    data = {"x": rng.normal(size=(7, 2, 3)), "y": rng.integers(0, 9, 7), "empty": np.zeros((7, 0))}
+    indices = jnp.array([6, 0, 0, 3])
+    found = loop.take(jax.tree.map(jnp.asarray, data), indices)
+    for name, rows in data.items():
+        np.testing.assert_array_equal(found[name], rows[np.asarray(indices)].astype(found[name].dtype))
 
 
 def test_a_weight_of_zero_removes_an_example_and_moves_no_other_draw(problem):

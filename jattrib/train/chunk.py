@@ -1,0 +1,156 @@
+"""How the models of a chunk are trained: side by side, one by one, core by core or step by step.
+
+Every strategy gives the same models to rounding, and with one strategy and one width a model has the same bits in
+whichever place of whichever chunk it is trained.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Key, PyTree
+
+from jattrib.core.types import Batch
+from jattrib.models.model import Model
+from jattrib.train import loop
+
+Strategy = Literal["vmap", "map", "threads", "steps"]
+"""How a device runs the models of a chunk.
+
+`vmap`: side by side, in one program.  `map`: one after another, in one program.  `threads`, for the CPU: as many at a
+time as there are cores, each in a program of one thread, so that no core waits for another.  `steps`: one after
+another, a call a step, for programs that the compiler makes slow inside a loop (convolutions on the CPU).  The last
+two take no mesh.
+"""
+
+CALLS: tuple[Strategy, ...] = ("threads", "steps")
+"""The strategies that are Python around compiled programs, not a program."""
+
+
+class Ensemble(NamedTuple):
+    """Everything that the members of an ensemble share.
+
+    Attributes:
+        model: initialisation and forward pass.
+        optimizer: an optax transformation.
+        plan: epochs, batch size, examples an epoch.
+        removal: `skip`: a member passes over its own mask's examples only.  `zero_weight`: every member passes over
+            all n examples, in an order that depends on its key alone, and those outside its mask weigh nothing:
+            members with one key are then **paired**, alike but for what was removed.
+        strategy: how a device runs the models of a chunk (see `choose`).
+        width: models in a chunk, all in memory at once; when left out, as many as fit (`fit`), within reason, or as
+            the directory's, where there is one.
+    """
+
+    model: Model
+    optimizer: optax.GradientTransformation
+    plan: loop.Plan
+    removal: Literal["skip", "zero_weight"] = "skip"
+    strategy: Strategy = "vmap"
+    width: int | None = None
+
+
+Operand = tuple[Callable[[loop.Trained], PyTree], Batch]
+"""What is wanted of a trained model, and the data."""
+
+
+Rows = dict[str, PyTree]
+"""What is kept of members: outputs and losses."""
+
+
+def train_chunk(ensemble: Ensemble, operand: Operand, members: Mapping[str, Any]) -> dict[str, PyTree]:
+    """Train the members of a chunk: the rows of the pass."""
+    keys = jax.random.wrap_key_data(members["keys"])
+    run = {"vmap": _side_by_side, "map": _one_by_one, "threads": _core_by_core, "steps": _step_by_step}
+    found = run[ensemble.strategy](ensemble, operand, jnp.asarray(members["masks"]), keys)
+    return {**found, "names": members["names"]}
+
+
+def _side_by_side(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> Rows:
+    return jax.vmap(partial(_train_member, ensemble, operand))(masks, keys)
+
+
+def _one_by_one(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> Rows:
+    return jax.lax.map(lambda member: _train_member(ensemble, operand, *member), (masks, keys))
+
+
+def _core_by_core(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> Rows:
+    def row(mask: Bool[Array, " n"], key: Key[Array, ""]) -> Rows:
+        return jax.block_until_ready(train_on_one_core(ensemble, operand, mask, key))
+
+    with ThreadPoolExecutor(cores()) as pool:
+        return _stack(pool.map(row, masks, keys))
+
+
+def _step_by_step(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> Rows:
+    outputs, data = operand
+    found = []
+    for mask, key in zip(masks, keys, strict=True):
+        start = _start_jitted(ensemble, mask, key)
+        carry: loop.Carry = (*start.initial, ensemble.optimizer.init(start.initial[0]))
+        values = []
+        for row in range(ensemble.plan.steps):
+            order = jax.tree.map(lambda leaf, row=row: leaf[row], start.order)
+            carry, value = _one_step(ensemble, data, start.weights, carry, order)
+            values.append(value)
+        losses = jnp.stack(values).reshape(ensemble.plan.epochs, -1).mean(axis=1)
+        found.append(_finish_jitted(outputs, loop.Trained(carry[0], carry[1], losses)))
+    return _stack(found)
+
+
+def _stack(rows: Iterable[Rows]) -> Rows:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+
+class _Start(NamedTuple):
+    """What a member's training starts from."""
+
+    initial: tuple[Any, Any]
+    order: loop.Schedule
+    weights: Float[Array, " n"] | None
+
+
+def _start(ensemble: Ensemble, mask: Bool[Array, " n"], key: Key[Array, ""]) -> _Start:
+    init_key, order_key = jax.random.split(key)
+    initial = ensemble.model.init(init_key)
+    if ensemble.removal == "skip":
+        return _Start(initial, loop.schedule(order_key, mask, ensemble.plan), None)
+    return _Start(initial, loop.schedule(order_key, jnp.ones_like(mask), ensemble.plan), mask.astype(jnp.float32))
+
+
+_start_jitted = jax.jit(_start, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _one_step(ensemble: Ensemble, data: Batch, weights: Any, carry: loop.Carry, row: loop.Schedule):
+    return loop.step(loop.classification_loss(ensemble.model), ensemble.optimizer, data, weights)(carry, row)
+
+
+def _train_member(ensemble: Ensemble, operand: Operand, mask: Bool[Array, " n"], key: Key[Array, ""]) -> Rows:
+    outputs, data = operand
+    start = _start(ensemble, mask, key)
+    trained = loop.train(
+        loop.classification_loss(ensemble.model), ensemble.optimizer, start.initial, data, start.order,
+        weights=start.weights, epochs=ensemble.plan.epochs,
+    )  # fmt: skip
+    return _finish(outputs, trained)
+
+
+train_on_one_core = jax.jit(_train_member, static_argnums=0, compiler_options={"xla_cpu_multi_thread_eigen": False})
+
+
+def _finish(outputs: Callable[[loop.Trained], PyTree], trained: loop.Trained) -> Rows:
+    return {"outputs": outputs(trained), "losses": trained.losses}
+
+
+_finish_jitted = jax.jit(_finish)
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
