@@ -198,6 +198,7 @@ def test_choose_measures_every_strategy(data):
     assert min(seconds.values()) > 0
 
 
+@pytest.mark.slow
 def test_batch_statistics_are_members_own():
     """A ResNet's state is trained with its parameters, member by member."""
     rng = np.random.default_rng(3)
