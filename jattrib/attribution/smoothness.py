@@ -17,9 +17,9 @@ from jattrib.train.replay import Inputs, Metagradient, Run
 KINKED = {
     "max", "min", "reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min", "clamp", "abs", "sign", "sort",
     "top_k", "round", "floor", "ceil",
-    "relu", "relu6", "leaky_relu", "hard_tanh", "hard_sigmoid", "hard_silu",
+    "clip", "relu", "relu6", "leaky_relu", "hard_tanh", "hard_sigmoid", "hard_silu",
 }  # fmt: skip
-"""Operations whose derivative jumps, by their names in a jaxpr."""
+"""Operations whose derivative jumps, by their names in a jaxpr; the last line's are functions made of others."""
 
 COLD = 0.25
 """From which part of the highest rate on the first step of a run is said to have no warm-up."""
@@ -204,18 +204,18 @@ def _agreement(first: Any, second: Any, third: Any) -> float:
 def _kinks(jaxpr: Any, depends: list[bool]) -> Iterator[str]:
     """Yield the kinked operations that what depends on the parameters goes through, unless it is then held constant."""
     varying = {var for var, on in zip(jaxpr.invars, depends, strict=True) if on}
-    held = _only_held(jaxpr)
+    moving = _moving(jaxpr)
     for equation in jaxpr.eqns:
         inputs = [not isinstance(var, Literal) and var in varying for var in equation.invars]
-        if not any(inputs) or equation.primitive.name == "stop_gradient" or all(v in held for v in equation.outvars):
+        if not any(inputs) or equation.primitive.name == "stop_gradient" or moving.isdisjoint(equation.outvars):
             continue
         varying.update(equation.outvars)
-        name = equation.params.get("name") or equation.primitive.name
+        name = _name(equation)
         inside = equation.params.get("jaxpr")
         if equation.primitive.name == "select_n":
             if inputs[0]:  # the condition
                 yield "where"
-        elif name in KINKED or equation.primitive.name in KINKED:
+        elif name in KINKED:
             if jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating):
                 yield name.replace("reduce_window_max", "max_pool")
         elif inside is not None:
@@ -223,11 +223,21 @@ def _kinks(jaxpr: Any, depends: list[bool]) -> Iterator[str]:
             yield from _kinks(inner, inputs if len(inputs) == len(inner.invars) else [True] * len(inner.invars))
 
 
-def _only_held(jaxpr: Any) -> set[Any]:
-    """Return the variables that nothing but `stop_gradient` uses."""
-    uses: dict[Any, set[str]] = {var: {"returned"} for var in jaxpr.outvars if not isinstance(var, Literal)}
-    for equation in jaxpr.eqns:
-        for var in equation.invars:
-            if not isinstance(var, Literal):
-                uses.setdefault(var, set()).add(equation.primitive.name)
-    return {var for var, names in uses.items() if names == {"stop_gradient"}}
+def _name(equation: Any) -> str:
+    """Return what an equation is called: the function's name, if it is one, compiled or with its own derivative.
+
+    What the latter is made of says nothing about its derivative: `logaddexp` takes a maximum, and is smooth.
+    """
+    inside = equation.params.get("call_jaxpr")
+    if equation.primitive.name.startswith("custom_jvp") and inside is not None:
+        return inside.jaxpr.debug_info.func_name
+    return equation.params.get("name") or equation.primitive.name
+
+
+def _moving(jaxpr: Any) -> set[Any]:
+    """Return the variables that reach a result other than through `stop_gradient`."""
+    moving = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
+    for equation in reversed(jaxpr.eqns):
+        if equation.primitive.name != "stop_gradient" and not moving.isdisjoint(equation.outvars):
+            moving.update(var for var in equation.invars if not isinstance(var, Literal))
+    return moving

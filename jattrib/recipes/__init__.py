@@ -66,6 +66,12 @@ def _magic() -> Recipe:
     return Recipe(magic.Config, magic.run)
 
 
+def _magic_text() -> Recipe:
+    from jattrib.recipes import magic_text
+
+    return Recipe(magic_text.Config, magic_text.run)
+
+
 def _datamodels() -> Recipe:
     from jattrib.recipes import datamodels
 
@@ -76,6 +82,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "trak": _trak,
     "comparison": _comparison,
     "magic": _magic,
+    "magic_text": _magic_text,
     "datamodels": _datamodels,
 }
 """Every recipe by the name that configs give it; imported when asked for, since recipes import JAX."""

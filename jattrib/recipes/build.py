@@ -7,8 +7,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt8
 
 from jattrib.core.errors import InvalidInputError
-from jattrib.data import vision
-from jattrib.models import mlp, resnet
+from jattrib.data import corpus, vision
+from jattrib.models import gpt, mlp, resnet
 from jattrib.models.model import Model
 from jattrib.recipes import config as configs
 
@@ -30,7 +30,21 @@ def load_data(room: configs.Data) -> tuple[vision.Dataset, vision.Dataset]:
         case configs.Npz(path=path):
             train = vision.npz(path, inputs="train_inputs", labels="train_labels")
             test = vision.npz(path, inputs="test_inputs", labels="test_labels", classes=classes(train))
+        case configs.Text(length=length):
+            parts = passages(room)
+            known = corpus.alphabet([*parts[0], *parts[1]])
+            train, test = (
+                corpus.sequences([corpus.characters(each.text, known) for each in part], length) for part in parts
+            )
     return _first(train, room.train_size, "data.train_size"), _first(test, room.test_size, "data.test_size")
+
+
+def passages(room: configs.Text) -> tuple[list[corpus.Passage], list[corpus.Passage]]:
+    """Return the passages of training and test set, in the order of `load_data`, before sizes are cut."""
+    found = corpus.read(room.name, path=room.path)
+    order = np.random.default_rng(room.seed).permutation(len(found))
+    held = -(-len(found) // 10)
+    return [found[i] for i in order[held:]], [found[i] for i in order[:held]]
 
 
 def to_images(room: configs.Data, inputs: Float[np.ndarray, "n ..."]) -> UInt8[np.ndarray, "n h w c"]:
@@ -38,12 +52,19 @@ def to_images(room: configs.Data, inputs: Float[np.ndarray, "n ..."]) -> UInt8[n
 
     How an NPZ file's inputs came about is not known: their range is spread over 0 to 255, and inputs that are not
     images become a strip, one pixel a feature.
+
+    Raises:
+        InvalidInputError: they are sequences of characters.
     """
     match room:
         case configs.FashionMnistExcerpt() | configs.FashionMnist():
             return vision.to_images(inputs, vision.FASHION_MNIST_PIXELS)
         case configs.Digits():
             return vision.to_images(inputs, vision.DIGITS_PIXELS)
+        case configs.Text():
+            raise InvalidInputError(
+                "passages of text", expected="images", remedy="show them as report.Quotations, with `passages`"
+            )
         case configs.Npz():
             image = inputs.ndim == 4 and inputs.shape[-1] in (1, 3)
             shaped = inputs if image else inputs.reshape(len(inputs), 1, -1, 1)
@@ -58,9 +79,12 @@ def class_names(room: configs.Data, count: int) -> tuple[str, ...]:
     return tuple(str(label) for label in range(count))
 
 
-def classes(train: vision.Dataset) -> int:
-    """Return the number of classes: one more than the largest label of the training set."""
-    return int(train.labels.max()) + 1
+def classes(*sets: vision.Dataset) -> int:
+    """Return the number of classes: one more than the largest label of the training set.
+
+    Tokens that are in the test set alone count too, if it is given.
+    """
+    return max(int(each.labels.max()) for each in sets) + 1
 
 
 def build_model(room: configs.Model, shape: tuple[int, ...], count: int) -> Model:
@@ -85,10 +109,26 @@ def build_model(room: configs.Model, shape: tuple[int, ...], count: int) -> Mode
                     remedy='use model.kind = "mlp", or store the inputs as images',
                 )
             return resnet.resnet9(shape, count, width=width, normalisation=normalisation)
+        case configs.Gpt(style=style, width=width, layers=layers, heads=heads, scale=scale):
+            if len(shape) != 1:
+                raise InvalidInputError(
+                    f"inputs of shape {shape} for a gpt",
+                    expected="sequences of tokens",
+                    remedy='use data.kind = "text", or another model',
+                )
+            return gpt.decoder(gpt.Config(style, count, shape[0], width, layers, heads, scale=scale))
 
 
 def optimizer(room: configs.Training, steps: int) -> optax.GradientTransformation:
-    """Return gradient descent with momentum, `v ← μv + g + λθ`, `θ ← θ − η_t v`, for a run of `steps` steps."""
+    """Return gradient descent with momentum, `v ← μv + g + λθ`, `θ ← θ − η_t v`, for a run of `steps` steps.
+
+    For an `AdamTraining` it is Adam with decoupled weight decay, `θ ← θ − η_t (m̂ / (√(v̂ + ε_root) + 10⁻⁸) + λθ)`.
+    """
+    if isinstance(room, configs.AdamTraining):
+        return optax.adamw(
+            learning_rate(room, steps), room.momentum, room.square_momentum, eps_root=room.epsilon_root,
+            weight_decay=room.weight_decay,
+        )  # fmt: skip
     return optax.chain(
         optax.add_decayed_weights(room.weight_decay),
         optax.sgd(learning_rate(room, steps), momentum=room.momentum),

@@ -60,7 +60,23 @@ class Npz(DataRoom, frozen=True, tag_field="kind", tag="npz", kw_only=True):
     path: str
 
 
-Data = FashionMnistExcerpt | FashionMnist | Digits | Npz
+class Text(DataRoom, frozen=True, tag_field="kind", tag="text"):
+    """Passages of a text, one sequence of characters each; a random tenth of them are the test set.
+
+    Attributes:
+        name: which text (`data.corpus.read`): `bible`, `fortunes`, `policy`, or `file`.
+        path: a file to read in its place.
+        length: characters a sequence; longer passages are cut.
+        seed: of the order in which passages are taken.
+    """
+
+    name: Literal["bible", "fortunes", "policy", "file"] = "bible"
+    path: str | None = None
+    length: Count = 64
+    seed: int = 0
+
+
+Data = FashionMnistExcerpt | FashionMnist | Digits | Npz | Text
 """Where examples come from."""
 
 
@@ -78,7 +94,17 @@ class ResNet9(Room, frozen=True, tag_field="kind", tag="resnet9"):
     normalisation: Literal["batch", "group"] = "batch"
 
 
-Model = Mlp | ResNet9
+class Gpt(Room, frozen=True, tag_field="kind", tag="gpt"):
+    """A decoder of sequences in the style of GPT-2 or of Llama (`models.gpt.Config`)."""
+
+    style: Literal["gpt2", "llama"] = "gpt2"
+    width: Count = 32
+    layers: Count = 2
+    heads: Count = 2
+    scale: Positive = 0.02
+
+
+Model = Mlp | ResNet9 | Gpt
 """What is trained."""
 
 
@@ -102,6 +128,18 @@ class Training(Room, frozen=True):
     weight_decay: NonNegative = 0.0
     schedule: Literal["triangular", "cosine", "constant"] = "triangular"
     peak: Annotated[float, Meta(ge=0, lt=1)] = 0.25
+
+
+class AdamTraining(Training, frozen=True):
+    """Adam, with decoupled weight decay; `momentum` is β₁.
+
+    Attributes:
+        square_momentum: β₂, of the running mean of squares.
+        epsilon_root: under the root of it; without one Adam has no derivative where a gradient is zero.
+    """
+
+    square_momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.99
+    epsilon_root: NonNegative = 1e-8
 
 
 class Source(NamedTuple):

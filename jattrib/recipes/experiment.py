@@ -3,6 +3,8 @@
 A recipe's config extends `Config`; every function here takes one, and stages of the same name are the same for all.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -14,11 +16,12 @@ from msgspec import Meta
 
 from jattrib.core import store, tree
 from jattrib.core.errors import InvalidInputError
+from jattrib.core.types import OutputFn
 from jattrib.data import masks as subset_masks
 from jattrib.data.vision import Dataset, check
 from jattrib.metrics import counterfactual
 from jattrib.models.model import Apply
-from jattrib.models.outputs import margin
+from jattrib.models.outputs import LogLikelihood, Margin, margin, mean_loss
 from jattrib.recipes import build, rundir
 from jattrib.recipes import config as configs
 from jattrib.train import ensemble
@@ -140,8 +143,10 @@ def prepare(config: Config, directory: rundir.RunDir) -> Task:
     root = jax.random.key(config.seed)
     keys = {name: jax.random.fold_in(root, number) for number, name in enumerate(KEYS)}
     train, test = build.load_data(config.data)
-    count = build.classes(train)
-    check(test, name="test set", classes=count)
+    sequences = train.labels.ndim == 2  # of tokens, which come out of one alphabet
+    count = build.classes(train, test) if sequences else build.classes(train)
+    if not sequences:
+        check(test, name="test set", classes=count)
     if config.evaluation.queries > len(test.labels):
         raise InvalidInputError(
             f"evaluation.queries = {config.evaluation.queries}",
@@ -187,9 +192,14 @@ def member_keys(task: Task, name: str, subsets: int, seeds: int) -> Key[Array, "
     return ensemble.member_keys(jax.random.fold_in(task.keys[name], 1), numbers, seed)
 
 
-def retrain(config: Config, task: Task, directory: rundir.RunDir, name: str, subsets: int) -> Truth:
-    """Train models on random subsets of their own and return the queries' margins."""
-    seeds = config.evaluation.seeds
+def retrain(
+    config: Config, task: Task, directory: rundir.RunDir, name: str, subsets: int, *, seeds: int | None = None
+) -> Truth:
+    """Train models on random subsets of their own and return the queries' margins.
+
+    There are as many seeds a subset as the evaluation says, unless they are given.
+    """
+    seeds = seeds or config.evaluation.seeds
     masks = draw(config, task, name, subsets)
     with rundir.stage(directory, name) as folder:
         outputs = ensemble.collect(
@@ -236,8 +246,13 @@ def paired(config: Config, task: Task) -> tuple[ensemble.Ensemble, Key[Array, " 
     return members, ensemble.member_keys(task.keys["counterfactual"], np.zeros(1, int), np.zeros(1, int))
 
 
+def output(task: Task) -> Callable[[Any], OutputFn]:
+    """Return, from a model's state, the output function: the margin, or a sequence's log-likelihood a token."""
+    return partial(Margin if task.train.labels.ndim == 1 else LogLikelihood, task.members.model.apply)
+
+
 def query_margins(task: Task) -> jax.tree_util.Partial:
-    """Return the function from a trained model to the margins of the queries."""
+    """Return the function from a trained model to the margins of the queries; of sequences, their log-likelihoods."""
     return jax.tree_util.Partial(
         _margins, task.members.model.apply, jnp.asarray(task.queries.inputs), jnp.asarray(task.queries.labels)
     )
@@ -245,7 +260,7 @@ def query_margins(task: Task) -> jax.tree_util.Partial:
 
 def _margins(apply: Apply, inputs: Float[Array, "q ..."], labels: Array, trained: Trained) -> Float[Array, " q"]:
     logits, _ = apply(trained.params, trained.state, inputs, train=False)
-    return jax.vmap(margin)(logits, labels)
+    return jax.vmap(margin)(logits, labels) if labels.ndim == 1 else -jax.vmap(mean_loss)(logits, labels)
 
 
 def similarity(task: Task) -> Float[np.ndarray, "n q"]:

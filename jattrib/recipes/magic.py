@@ -14,14 +14,14 @@ def run(config: Config, directory: rundir.RunDir) -> None:
     task = experiment.prepare(config, directory)
     magic_stages.check(config)
     with rundir.stage(directory, "metagradient") as folder:
-        found = magic_stages.attribute(config, task, folder)
+        found = magic_stages.attribute(config, task, folder, fraction=config.method.smoothness_fraction)
     truths = tuple(
         experiment.retrain_fixed(config, task, directory, fraction=fraction, subsets=config.method.subsets)
         for fraction in config.method.fractions
     )
     expected = experiment.retrain(config, task, directory, "subsets", config.evaluation.subsets)
     with rundir.stage(directory, "cost") as folder:
-        cost = magic_stages.measure_cost(config, task, folder)
+        cost = magic_stages.measure_cost(config, task, folder, count=config.method.cost_queries)
     with rundir.stage(directory, "descent") as folder:
         descent = magic_stages.descend(config, task, folder)
     with rundir.stage(directory, "scores"):

@@ -17,7 +17,6 @@ from jattrib.attribution import magic
 from jattrib.core import params, store
 from jattrib.core.errors import InvalidInputError
 from jattrib.metrics import lds, mislabelled
-from jattrib.models.outputs import Margin
 from jattrib.recipes import build, experiment
 from jattrib.recipes import config as configs
 from jattrib.recipes.experiment import FixedTruth, Task, Truth
@@ -145,8 +144,11 @@ def check(config: Config) -> None:
             )
 
 
-def attribute(config: Config, task: Task, folder: Path) -> Found:
-    """Return the scores of all queries, from one replay of the run of `experiment.paired`."""
+def attribute(config: experiment.Config, task: Task, folder: Path, *, fraction: float) -> Found:
+    """Return the scores of all queries, from one replay of the run of `experiment.paired`.
+
+    Removing a `fraction` of the examples measures metasmoothness.
+    """
     like = {"scores": np.zeros((len(task.train.labels), len(task.queries.labels)), np.float32)}
     like["values"] = like["scores"][0]
     if params.exists(folder / "scores"):
@@ -156,8 +158,8 @@ def attribute(config: Config, task: Task, folder: Path) -> Found:
     members, key = experiment.paired(config, task)
     run, inputs = replay.member(members, tuple(task.train), key[0])
     scores, info = magic.scores(
-        partial(Margin, task.members.model.apply), run, inputs, jax.tree.map(jnp.asarray, tuple(task.queries)),
-        key=task.keys["statistics"], fraction=config.method.smoothness_fraction, directory=folder / "replay",
+        experiment.output(task), run, inputs, jax.tree.map(jnp.asarray, tuple(task.queries)),
+        key=task.keys["statistics"], fraction=fraction, directory=folder / "replay",
         identity=task.identity,
     )  # fmt: skip
     store.write_json(folder / "info.json", {name: value for name, value in info._asdict().items() if name != "values"})
@@ -165,15 +167,18 @@ def attribute(config: Config, task: Task, folder: Path) -> Found:
     return Found(np.asarray(scores), info)
 
 
-def measure_cost(config: Config, task: Task, folder: Path) -> Cost:
-    """Return what a metagradient costs beside a training, both compiled before; by turns, the median of each."""
+def measure_cost(config: experiment.Config, task: Task, folder: Path, *, count: int, steps: int | None = None) -> Cost:
+    """Return what a metagradient of `count` queries costs beside a training, compiled before; by turns, the medians.
+
+    The run is cut to its first `steps`, if they are given: both sides are as many times longer as the whole is.
+    """
     if not (folder / "measured.json").exists():
         _, test = build.load_data(config.data)
-        count = config.method.cost_queries
         queries = jnp.asarray(test.inputs[:count]), jnp.asarray(test.labels[:count])
         members, key = experiment.paired(config, task)
         run, inputs = replay.member(members, tuple(task.train), key[0])
-        output = partial(Margin, task.members.model.apply)
+        output = experiment.output(task)
+        run = run._replace(order=jax.tree.map(lambda leaf: leaf[:steps], run.order))
         sides = {
             "training": lambda: replay.train(run, inputs),
             "metagradient": lambda: replay.metagradient(output, run, inputs, queries, progress=False)[:4],

@@ -52,6 +52,21 @@ class Gallery(NamedTuple):
     caption: str = ""
 
 
+class Quotation(NamedTuple):
+    """A passage: what it is called, its words, and a detail, such as a score."""
+
+    name: str
+    text: str
+    detail: str = ""
+
+
+class Quotations(NamedTuple):
+    """Passages that were attributed, each with those that helped and harmed it most, the strongest first."""
+
+    queries: tuple[tuple[Quotation, tuple[Quotation, ...], tuple[Quotation, ...]], ...]
+    caption: str = ""
+
+
 class Listing(NamedTuple):
     """A table: its columns' names, its rows, a caption; the first column names the rows."""
 
@@ -62,7 +77,7 @@ class Listing(NamedTuple):
 
 STYLE = Path(__file__).with_suffix(".css").read_text("utf-8")
 
-Block = str | Picture | Gallery | Listing
+Block = str | Picture | Gallery | Quotations | Listing
 """What a section is made of; a string is a paragraph."""
 
 
@@ -241,6 +256,10 @@ def _block(block: Block) -> str:
             cards = "".join(map(_card, block.attributions))
             note = f'<p class="caption">{escape(block.caption)}</p>\n' if block.caption else ""
             return f'<div class="gallery">\n{cards}</div>\n{note}'
+        case Quotations():
+            cards = "".join(_quoted(*row) for row in block.queries)
+            note = f'<p class="caption">{escape(block.caption)}</p>\n' if block.caption else ""
+            return f'<div class="quotations">\n{cards}</div>\n{note}'
         case Listing():
             return _listing(block)
         case str():
@@ -267,6 +286,24 @@ def _card(row: plot.Attribution) -> str:
     ]
     query = _thumbnail(row.query, "query")
     return f'<article>\n<div class="query">{query}</div>\n<div class="sources">{"".join(groups)}</div>\n</article>\n'
+
+
+def _quoted(query: Quotation, helpful: Sequence[Quotation], harmful: Sequence[Quotation]) -> str:
+    groups = [
+        f'<div class="{kind}"><h4>{title}</h4><ol>'
+        + "".join(f"<li>{_quotation(each)}</li>" for each in group)
+        + "</ol></div>\n"
+        for kind, title, group in (("helpful", "Most helpful", helpful), ("harmful", "Most harmful", harmful))
+    ]
+    return (
+        f'<article>\n<div class="query">{_quotation(query)}</div>\n'
+        f'<div class="sources">{"".join(groups)}</div>\n</article>\n'
+    )
+
+
+def _quotation(each: Quotation) -> str:
+    detail = f" <small>{escape(each.detail)}</small>" if each.detail else ""
+    return f"<blockquote>{escape(each.text)}</blockquote><cite>{escape(each.name)}</cite>{detail}"
 
 
 def _thumbnail(thumbnail: plot.Thumbnail, role: str) -> str:

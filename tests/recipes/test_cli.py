@@ -119,7 +119,11 @@ def test_a_directory_of_another_config_is_refused(file, tmp_path, capsys):
     [
         (("sed=1",), 2, ("command line: unknown key sed", "did you mean seed?")),
         (("training.epochs=no",), 2, ('training.epochs = "no"', "a whole number of at least 1")),
-        (("recipe=fak",), 2, ("recipe = 'fak'", "one of trak, fake", "did you mean fake?")),
+        (
+            ("recipe=fak",),
+            2,
+            ("recipe = 'fak'", "one of trak, comparison, magic, magic_text, datamodels, fake", "did you mean fake?"),
+        ),
         (("fail=store",), 1, ("got it", "another", "mend [it]")),
         (("fail=diverged",), 1, ("nan", "a number", "lower it")),
     ],

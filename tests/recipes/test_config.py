@@ -133,7 +133,7 @@ def test_an_integer_is_a_number(load):
 def test_an_unknown_kind_lists_the_kinds(load):
     error = message(load, GOOD, "model.kind=resnet")
     assert error.got == "command line: model.kind = 'resnet'"
-    assert error.expected == "one of mlp, resnet9"
+    assert error.expected == "one of mlp, resnet9, gpt"
     assert error.remedy == "did you mean resnet9?"
 
 
@@ -146,7 +146,7 @@ def test_a_table_without_its_kind(load):
 def test_a_missing_table_and_a_missing_key(load):
     error = message(load, 'recipe = "whole"')
     assert error.got.endswith("case.toml: no data")
-    assert error.expected == "data, a table of kind fashion_mnist_excerpt, fashion_mnist, digits, npz"
+    assert error.expected == "data, a table of kind fashion_mnist_excerpt, fashion_mnist, digits, npz, text"
     error = message(load, 'recipe = "whole"\ndata.kind = "npz"')
     assert error.got.endswith("no data.path")
     assert error.expected == "data.path, text"
