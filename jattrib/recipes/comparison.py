@@ -7,11 +7,10 @@ rankings until the prediction flips, and every flip is verified by retraining.
 """
 
 import shutil
-import time
 
 from jattrib.core.progress import track
 from jattrib.recipes import comparison_methods, comparison_report, comparison_stages, experiment, rundir, trak_stages
-from jattrib.recipes.comparison_methods import Config
+from jattrib.recipes.comparison_base import Config
 
 
 def run(config: Config, directory: rundir.RunDir) -> None:
@@ -27,9 +26,7 @@ def run(config: Config, directory: rundir.RunDir) -> None:
     references = comparison_stages.references(task, truths)
     with rundir.stage(directory, "attributing"), track(len(methods), "attributing") as advance:
         for method in methods:
-            begun = time.monotonic()
-            candidates = method.candidates(context)
-            spent = time.monotonic() - begun
+            candidates, spent = comparison_stages.timed(method, context)
             found, rankings[method.name] = comparison_stages.measure(task, truths, method, candidates)
             measured.append(comparison_stages.charge(found, prices, spent))
             advance(1)

@@ -7,7 +7,7 @@ import numpy as np
 from jattrib.metrics import brittleness
 from jattrib.metrics.lds import LDS
 from jattrib.recipes import plot, report, rundir
-from jattrib.recipes.comparison_methods import Config
+from jattrib.recipes.comparison_base import Config
 from jattrib.recipes.comparison_stages import Flips, Measured, References
 from jattrib.recipes.experiment import Task
 
@@ -64,8 +64,8 @@ def _figures(results: Results) -> dict[str, float | int | str]:
         figures[f"cost_trainings_{each.method.name}"] = each.trainings
         figures[f"cost_seconds_{each.method.name}"] = each.seconds
         if each.expected_choice is not None and each.fixed_choice is not None:
-            figures[f"damping_expected_{each.method.name}"] = each.expected_choice
-            figures[f"damping_fixed_{left_out}_{each.method.name}"] = each.fixed_choice
+            figures[f"choice_expected_{each.method.name}"] = each.expected_choice
+            figures[f"choice_fixed_{left_out}_{each.method.name}"] = each.fixed_choice
     sizes = _sizes(results)
     for name, found in results.flips.found.items():
         fractions = brittleness.flipped(found, np.array(list(sizes.values()))).fraction
@@ -84,7 +84,8 @@ def _models_trained(results: Results) -> int:
     evaluation = results.config.evaluation
     expected = (evaluation.subsets + evaluation.held_out_subsets) * evaluation.seeds
     fixed = evaluation.fixed_subsets + evaluation.fixed_held_out_subsets + 2
-    return results.config.method.checkpoints + 1 + expected + fixed + results.flips.trained
+    method = results.config.method
+    return method.checkpoints + method.datamodels + 1 + expected + fixed + results.flips.trained
 
 
 def _sizes(results: Results) -> dict[float, int]:
@@ -100,13 +101,13 @@ def _left_out(results: Results) -> str:
 def _cost_picture(results: Results, *, fixed: bool) -> Drawn:
     found = [each.fixed if fixed else each.expected for each in results.measured]
     mean, low, high = (np.array([getattr(each, end) for each in found]) for end in ("mean", "low", "high"))
-    cost = np.array([each.trainings for each in results.measured])
+    cost = np.array([each.seconds for each in results.measured])
     titles = [each.method.title for each in results.measured]
     ceiling = {} if fixed else {"noise ceiling": results.references.ceiling.value}
     protocol = f"one run without {_left_out(results)}" if fixed else "expected outputs over random subsets"
     figure = plot.named_points(
         cost, mean, low, high, names=titles, references=ceiling,
-        labels=plot.Labels("cost in trainings on all examples", f"LDS, {protocol}"),
+        labels=plot.Labels("seconds, training included", f"LDS, {protocol}"),
     )  # fmt: skip
     points = ", ".join(f"{title} {value:.2f}" for title, value in zip(titles, mean, strict=True))
     caption = (
@@ -155,7 +156,7 @@ def _table(results: Results) -> report.Listing:
     ]  # fmt: skip
     columns = (
         "Method", "LDS, expected", "95% interval", f"LDS, one run without {_left_out(results)}", "95% interval",
-        "Cost in trainings", "Seconds", "Dampings chosen",
+        "Trainings", "Seconds", "Chosen",
     )  # fmt: skip
     return report.Listing(columns, tuple(rows), "Every method on the same models and queries, best first.")
 
@@ -183,9 +184,10 @@ def _method(results: Results) -> tuple[str, ...]:
         f"{_left_out(results)}, initialisation and order unchanged. The two are different quantities.",
         f"Dampings were chosen on held-out models: {evaluation.held_out_subsets} subsets for the one, "
         f"{evaluation.fixed_held_out_subsets} repetitions for the other. No method sees the models that judge it.",
-        "Cost: models on random subsets count as the part of the images that they are trained on, a run on all as one; "
-        "gradients, solves and the choice of dampings are added in terms of the time that a training takes here. The "
-        "held-out models, which all share, are not.",
+        "Trainings: a model on a random subset counts as the part of the images that it is trained on, a run on all as "
+        "one, and MAGIC's replay as the time that it takes divided by that of a training. Seconds: all of this, "
+        "gradients, solves and the choice of dampings. The held-out models, which all share, and compilation are not "
+        "counted.",
     )
 
 

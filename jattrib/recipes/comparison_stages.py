@@ -1,5 +1,6 @@
 """The stages of the comparison: what attributors are given, the truths, how each is measured and charged."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,12 @@ from jattrib.metrics.bootstrap import Interval
 from jattrib.metrics.brittleness import Brittleness
 from jattrib.metrics.correlation import spearman
 from jattrib.recipes import experiment, rundir, trak_stages
-from jattrib.recipes.comparison_methods import Attributor, Candidates, Config, Context
+from jattrib.recipes.comparison_base import Attributor, Candidates, Config, Context
 from jattrib.recipes.experiment import FixedTruth, Task, Truth
 from jattrib.train import ensemble
+
+LONG = 10.0
+"""Seconds from which an attributor is not called twice."""
 
 TOLERANCE = 0.1
 """Brackets of flipping removals are closed to this part of them."""
@@ -50,9 +54,9 @@ class Measured(NamedTuple):
         fixed: the LDS against one run.
         expected_choice: what was chosen for the one, on held-out models; None where there was no choice.
         fixed_choice: what was chosen for the other.
-        trainings: the cost in trainings on all examples: of its models, one on a part of the examples counting that
-            part, and of everything else in terms of the time that a training takes here.
-        seconds: the cost in seconds, training included.
+        trainings: how many trainings it takes, a model on a part of the examples counting that part; of one that
+            replays a training, what that takes in terms of the time of a training here.
+        seconds: what it takes in all, training included.
     """
 
     method: Attributor
@@ -111,6 +115,7 @@ def prepare(config: Config, task: Task, directory: rundir.RunDir) -> Context:
             task.members, tuple(task.train), masks, keys, directory=folder / "models", identity=task.identity,
             label="training checkpoints",
         )  # fmt: skip
+    models = experiment.retrain(config, task, directory, "checkpoints", config.method.datamodels, seeds=1)
     with rundir.stage(directory, "whole") as folder:
         members, key = experiment.paired(config, task)
         everything = np.ones((1, len(task.train.labels)), bool)
@@ -123,7 +128,8 @@ def prepare(config: Config, task: Task, directory: rundir.RunDir) -> Context:
     with rundir.stage(directory, "own_features") as folder:
         once = msgspec.structs.replace(config, method=msgspec.structs.replace(config.method, checkpoints=1))
         own = trak_stages.featurize(once, task, whole, folder)[0]
-    return Context(config, task, jax.tree.map(lambda leaf: leaf[0], whole), features, own)
+    whole = jax.tree.map(lambda leaf: leaf[0], whole)
+    return Context(config, task, whole, features, own, models, directory.path / rundir.RESUME / "attributing")
 
 
 def retrain(config: Config, task: Task, directory: rundir.RunDir) -> Truths:
@@ -152,6 +158,21 @@ def references(task: Task, truths: Truths) -> References:
     )
 
 
+def timed(method: Attributor, context: Context) -> tuple[Candidates, float]:
+    """Return an attributor's scores and its seconds.
+
+    They are those of a second call, unless the first was so long that compilation is a small part of it.
+    """
+    begun = time.monotonic()
+    candidates = method.candidates(context)
+    spent = time.monotonic() - begun
+    if spent < LONG:
+        begun = time.monotonic()
+        method.candidates(context)
+        spent = time.monotonic() - begun
+    return candidates, spent
+
+
 def measure(
     task: Task, truths: Truths, method: Attributor, candidates: Candidates
 ) -> tuple[Measured, Float[np.ndarray, "n q"]]:
@@ -172,12 +193,12 @@ def measure(
 
 def prices(config: Config, directory: rundir.RunDir) -> Prices:
     """Return what models and gradients took in this run, by the stages that made them."""
-    seconds, checkpoints = rundir.seconds(directory), config.method.checkpoints
+    seconds, method = rundir.seconds(directory), config.method
     fixed = seconds[experiment.fixed_stage("fixed", config.evaluation.fixed_fraction)]
     return Prices(
-        seconds["checkpoints"] / checkpoints,
+        seconds["checkpoints"] / (method.checkpoints + method.datamodels),
         fixed / (1 + config.evaluation.fixed_subsets),
-        seconds["features"] / checkpoints,
+        seconds["features"] / method.checkpoints,
         config.evaluation.alpha,
     )
 
@@ -185,10 +206,10 @@ def prices(config: Config, directory: rundir.RunDir) -> Prices:
 def charge(found: Measured, price: Prices, spent: float) -> Measured:
     """Add an attributor's cost: its share of what is trained and featurized for all, and what it spent itself."""
     method = found.method
-    after = method.features * price.features + spent
+    trained = method.subset_models * price.subset_model + method.runs * price.run
     return found._replace(
-        trainings=method.subset_models * price.alpha + method.runs + after / price.run,
-        seconds=method.subset_models * price.subset_model + method.runs * price.run + after,
+        trainings=method.subset_models * price.alpha + method.runs + method.replays * spent / price.run,
+        seconds=trained + method.features * price.features + spent,
     )
 
 
