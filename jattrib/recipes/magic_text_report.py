@@ -133,7 +133,8 @@ def _report(results: Results, pictures: list[report.Picture]) -> report.Report:
     return report.Report(
         title="Which passages taught it to expect this one?",
         lead=f"The scores predict what this very run does without a random {fraction:.0%} of its "
-        f"{len(task.train.labels):,} passages with a linear datamodeling score of {fixed.mean:.3f} ({fixed.low:.3f} to {fixed.high:.3f}).",
+        f"{len(task.train.labels):,} passages with a linear "
+        f"datamodeling score of {fixed.mean:.3f} ({fixed.low:.3f} to {fixed.high:.3f}).",
         headlines=(
             figure(f"LDS, {fraction:.0%} left out", fixed.mean, fixed.low, fixed.high, "seed and order fixed"),
             figure("Shared trigrams", found.similarity.mean, found.similarity.low, found.similarity.high, "their LDS"),
