@@ -154,3 +154,20 @@ def test_refuses_what_it_cannot_tell_apart(key, shapes_unchecked):
     still = np.where(np.arange(100) == 3, 2.0, q)
     with pytest.raises(InvalidInputError, match="the margin 2 of all 90 oracles at point 3"):
         klom.gaussian(p, still)
+
+
+def test_the_average_is_over_the_percentiles_of_parts(key):
+    random = np.random.default_rng(4)
+    p, q = random.standard_normal((60, 90)), random.standard_normal((50, 90))
+    p[:, :30] += 2
+    parts = [np.arange(30), np.arange(30, 90)]
+    found = klom.average(p, q, parts, key=key, resamples=50)
+    per_point = klom.binned(p, q)
+    expected = np.mean([np.percentile(per_point[part], 95) for part in parts])
+    assert found.value == pytest.approx(expected)
+    assert found.low < found.value < found.high
+    whole = klom.klom(p, q, key=key, resamples=50, percentiles=(95,)).percentiles[95]
+    alone = klom.average(p, q, [np.arange(90)], key=key, resamples=50)
+    assert alone == pytest.approx(whole)
+    with pytest.raises(InvalidInputError, match="percentile 95 of 19 points"):
+        klom.average(p, q, [np.arange(19), np.arange(19, 90)], key=key)
