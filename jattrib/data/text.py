@@ -1,6 +1,6 @@
-"""Tokenised text on disk: shards of token numbers, mapped into memory and cut into sequences of one length."""
+"""Tokens: shards of them on disk, mapped into memory and cut into sequences of one length; tokenizers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,4 +129,38 @@ def _open(path: Path, dtype: np.dtype) -> np.ndarray:
             expected="one dimension of uint16 or uint32",
             remedy="save with numpy.save(path, tokens.astype(numpy.uint16))",
         )
+    return tokens
+
+
+def tokenizer(path: str | Path) -> Callable[[str], Int32[np.ndarray, " t"]]:
+    """Return the function from a text to its tokens, as a `tokenizer.json` in Hugging Face's format says.
+
+    No token is added at either end: `corpus.sequences` puts its own between passages.
+
+    Args:
+        path: the file, or the directory of a model that has it.
+
+    Raises:
+        InvalidInputError: the package `tokenizers` (the extra `text`) is not installed.
+        StoreError: the file is missing, or is no tokenizer.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise InvalidInputError(
+            "a tokenizer, without the package tokenizers",
+            expected="tokenizers",
+            remedy="pip install 'jattrib[text]', or take `corpus.characters` or `corpus.utf8`, which need nothing",
+        ) from error
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    try:
+        known = Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises nothing more particular
+        raise StoreError(
+            f"{file}: {error}", expected="a tokenizer.json in Hugging Face's format", remedy="check the path"
+        ) from error
+
+    def tokens(text: str) -> Int32[np.ndarray, " t"]:
+        return np.array(known.encode(text, add_special_tokens=False).ids, np.int32)
+
     return tokens

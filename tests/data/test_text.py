@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 
@@ -72,3 +74,23 @@ def test_unsound_shards_are_refused_by_name(tmp_path, shards):
         text.token_shards([tmp_path / "cut.npy"], length=1)
     with pytest.raises(StoreError, match="missing"):
         text.token_shards([tmp_path / "missing.bin"], length=1)
+
+
+def test_a_tokenizer_of_words_and_its_errors(tmp_path, monkeypatch):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    known = Tokenizer(models.WordLevel({"<s>": 0, "?": 1, "the": 2, "cat": 3}, unk_token="?"))
+    known.pre_tokenizer = pre_tokenizers.Whitespace()
+    known.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    known.save(str(tmp_path / "tokenizer.json"))
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        tokens = text.tokenizer(path)("the cat saw the cat")
+        assert tokens.dtype == np.int32
+        np.testing.assert_array_equal(tokens, [2, 3, 1, 2, 3])  # without <s>
+    (tmp_path / "other.json").write_text("{}")
+    for name in ("other.json", "missing.json"):
+        with pytest.raises(StoreError, match=rf"{name}[\s\S]*a tokenizer\.json in Hugging Face's format"):
+            text.tokenizer(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(InvalidInputError, match=r"pip install 'jattrib\[text\]'"):
+        text.tokenizer(tmp_path)
