@@ -10,6 +10,7 @@ with all scores; the first, which compiles, does not count.  With the empirical 
 be held against each other; with labels drawn from the model, each side by its own generator, they nearly agree too.
 """
 
+import copy
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -124,7 +125,8 @@ def package(kind: str, empirical: bool = True) -> Callable[[], np.ndarray]:
 
     def work() -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
-            return kronfluence.scores(model, Path(folder), *flat, batch=BATCH, empirical=empirical)
+            # A copy, as the package wraps the layers of the model that it is given, and does so again in every call.
+            return kronfluence.scores(copy.deepcopy(model), Path(folder), *flat, batch=BATCH, empirical=empirical)
 
     return work
 
