@@ -1,7 +1,7 @@
 """The one place that names devices: meshes, partition specs, placing and fetching."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +108,35 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(put, tree)
 
 
+def is_split(tree: Any, mesh: Mesh | None) -> bool:
+    """Return whether some leaf, an array or its abstract form, lies in parts on the devices of a mesh."""
+    return mesh is not None and any(_split(leaf, mesh) for leaf in jax.tree.leaves(tree))
+
+
+def place(tree: Any, mesh: Mesh | None) -> Any:
+    """Put a pytree on every device of the mesh, as `replicate` does, but for leaves that lie there in parts already."""
+    if mesh is None or not is_split(tree, mesh):
+        return replicate(tree, mesh)
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [leaf if _split(leaf, mesh) else replicate(leaf, mesh) for leaf in leaves])
+
+
+def spread(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Return the sharding that splits an array over all axes of the mesh, each along the longest dimension it divides.
+
+    >>> spread(jax.make_mesh((1, 1), ("data", "model")), (3, 8)).spec
+    PartitionSpec(None, ('data', 'model'))
+    """
+    left, names = list(shape), [cast("tuple[str, ...]", ()) for _ in shape]
+    for axis, size in mesh.shape.items():
+        options = [number for number, length in enumerate(left) if length and length % size == 0]
+        if options:
+            number = max(options, key=lambda each: left[each])
+            left[number], names[number] = left[number] // size, (*names[number], axis)
+    parts = [each if len(each) > 1 else each[0] if each else None for each in names]
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+
 def fetch(array: Any) -> np.ndarray:
     """Return the whole of an array on the host, on every process, wherever its parts are.
 
@@ -118,6 +147,11 @@ def fetch(array: Any) -> np.ndarray:
     if array.is_fully_replicated:
         return np.asarray(array.addressable_data(0))
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _split(leaf: Any, mesh: Mesh) -> bool:
+    sharding = getattr(leaf, "sharding", None)
+    return isinstance(sharding, NamedSharding) and sharding.mesh == mesh and not sharding.is_fully_replicated
 
 
 def _spans_processes(mesh: Mesh) -> bool:

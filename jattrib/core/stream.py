@@ -1,9 +1,11 @@
 """The one pass over data: `fold` sums, `map_rows` computes a row an example.
 
 Both go through a source in chunks of one shape, the last one padded by repeating a row, spread over the devices of a
-mesh, the next chunk read and sent while the last one is computed.  The results are the same for any chunk and mesh, to
-rounding, and the same to the bit when an interrupted pass is resumed.  In a program of several processes every process
-calls them alike, reads only its own rows, and has the whole result; stores and checkpoints are written by the first.
+mesh, the next chunk read and sent while the last one is computed.  What a pass is given (parameters, a projection) is
+whole on every device, but what lies on the mesh in parts already stays so, and the compiler splits the work with it.
+The results are the same for any chunk and mesh, to rounding, and the same to the bit when an interrupted pass is
+resumed.  In a program of several processes every process calls them alike, reads only its own rows, and has the whole
+result; stores and checkpoints are written by the first.
 """
 
 import time
@@ -49,7 +51,8 @@ def fold(
     for new arrays to enter without a new compilation.
 
     Args:
-        statistic: the sum; its state is whole on every device, and each device adds its own rows.
+        statistic: the sum.  Its state is whole on every device, and each device adds its own rows; where arrays of
+            `update` are split over the mesh, the state is split over all of it (`mesh.spread`), and stays so.
         source: the examples.
         chunk: examples at a time, over all devices; rounded up to a multiple of their number.
         mesh: spreads the examples over its first axis; None is the default device.
@@ -64,17 +67,19 @@ def fold(
         StoreError: the checkpoint is of another source length, chunk or identity, was altered, or cannot be written.
     """
     count, size = _sizes(source, chunk, mesh)
-    update = meshes.replicate(tree.callable_tree(statistic.update), mesh)
-    start, state = 0, meshes.replicate(jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), statistic.init()), mesh)
+    update = meshes.place(tree.callable_tree(statistic.update), mesh)
+    split = meshes.is_split(update, mesh)
+    start, state = 0, _begin(statistic, mesh if split else None)
+    state = state if split else meshes.replicate(state, mesh)
     keep = {**dict(identity or {}), "source length": count, "chunk": size}
     if checkpoint is not None:
-        start, state = _resume(checkpoint, state, keep, mesh)
+        start, state = _resume(checkpoint, state, keep)
     written, before = time.monotonic(), None
     with track(count, label, progress=progress and jax.process_index() == 0) as advance:
         advance(start)
         for first in range(start, count, size):
             batch, valid = _read(source, first, count, size, mesh)
-            state, ticket = _add(update, state, batch, valid, mesh=mesh)
+            state, ticket = _add(update, state, batch, valid, mesh=mesh, split=split)
             if before is not None:
                 before.block_until_ready()
             before = ticket
@@ -83,7 +88,7 @@ def fold(
                 _save_sum(checkpoint, last, state, keep)
                 written = time.monotonic()
             advance(last - first)
-    if mesh is not None:
+    if mesh is not None and not split:
         state = jax.tree.map(lambda leaf: jnp.asarray(meshes.fetch(leaf)), state)
     result = statistic.finish(state)
     if checkpoint is not None and jax.process_index() == 0:
@@ -91,21 +96,51 @@ def fold(
     return result
 
 
-@partial(jax.jit, static_argnames=("mesh",), donate_argnums=(1,))
+def lower_fold(statistic: Fold, batch: Batch, *, chunk: int, mesh: Mesh | None = None) -> jax.stages.Lowered:
+    """Lower the program of one chunk of `fold` and run nothing; see `lower_rows`.
+
+    `update` is a `jax.tree_util.Partial`, whose arrays may be abstract: those with a sharding on the mesh are split.
+    """
+    update, (function, batch) = statistic.update, _abstract(statistic.update, batch, chunk, mesh)
+    split = meshes.is_split(update, mesh)
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if mesh is None:
+            return leaf
+        return leaf.update(sharding=meshes.spread(mesh, leaf.shape) if split else meshes.replicated(mesh))
+
+    state, rows = jax.tree.map(placed, jax.eval_shape(statistic.init)), jax.tree.leaves(batch)[0]
+    valid = jax.ShapeDtypeStruct(rows.shape[:1], bool, sharding=rows.sharding)
+    return _lowered(partial(_add.trace, function, state, batch, valid, mesh=mesh, split=split), mesh)
+
+
+def _begin(statistic: Fold, mesh: Mesh | None) -> PyTree:
+    """Return the state before anything is added; on a mesh, split over all of it."""
+    if mesh is None:
+        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), statistic.init())
+    placed = jax.tree.map(lambda leaf: meshes.spread(mesh, leaf.shape), jax.eval_shape(statistic.init))
+    return jax.jit(statistic.init, out_shardings=placed)()
+
+
+@partial(jax.jit, static_argnames=("mesh", "split"), donate_argnums=(1,))
 def _add(
-    update: Callable[..., Any], state: PyTree, batch: Batch, valid: Bool[Array, " b"], *, mesh: Mesh | None
+    update: Callable[..., Any], state: PyTree, batch: Batch, valid: Bool[Array, " b"], *, mesh: Mesh | None, split: bool
 ) -> tuple[PyTree, Int[Array, ""]]:
     def whole(update: Callable[..., Any], batch: Batch, valid: Bool[Array, " b"]) -> PyTree:
         increment = update(batch, valid)
-        return increment if mesh is None else jax.lax.psum(increment, mesh.axis_names[0])
+        return increment if mesh is None or split else jax.lax.psum(increment, mesh.axis_names[0])
 
-    if mesh is not None:
-        split, spec = meshes.row_spec(mesh), PartitionSpec()
-        whole = jax.shard_map(whole, mesh=mesh, in_specs=(spec, split, split), out_specs=spec, check_vma=False)
+    if mesh is not None and not split:
+        rows, spec = meshes.row_spec(mesh), PartitionSpec()
+        whole = jax.shard_map(whole, mesh=mesh, in_specs=(spec, rows, rows), out_specs=spec, check_vma=False)
     increment = whole(update, batch, valid)
     _check_increment(state, increment)
     new = tree.to_names(increment)
     total = tree.from_names(state, {name: jnp.add(leaf, new[name]) for name, leaf in tree.to_names(state).items()})
+    if mesh is not None and split:
+        total = jax.tree.map(
+            lambda leaf: jax.lax.with_sharding_constraint(leaf, meshes.spread(mesh, leaf.shape)), total
+        )
     return total, jnp.sum(valid, dtype=jnp.int32)
 
 
@@ -124,7 +159,8 @@ def _check_increment(state: PyTree, increment: PyTree) -> None:
             )
 
 
-def _resume(checkpoint: Path, state: PyTree, keep: Mapping[str, Any], mesh: Mesh | None) -> tuple[int, PyTree]:
+def _resume(checkpoint: Path, state: PyTree, keep: Mapping[str, Any]) -> tuple[int, PyTree]:
+    """Return how far a sum has come, and it, placed as `state` is; that, from the start, if there is no checkpoint."""
     like = {"cursor": np.zeros((), np.int64), "state": state}
     found, saved = np.zeros((), bool), jax.tree.map(np.asarray, {**like, "state": jax.tree.map(meshes.fetch, state)})
     if jax.process_index() == 0 and params.exists(checkpoint):
@@ -133,7 +169,13 @@ def _resume(checkpoint: Path, state: PyTree, keep: Mapping[str, Any], mesh: Mesh
         found, saved = multihost_utils.broadcast_one_to_all((found, saved))
     if not found:
         return 0, state
-    return int(saved["cursor"]), meshes.replicate(jax.tree.map(jnp.asarray, saved["state"]), mesh)
+
+    def put(value: np.ndarray, like: Any) -> jax.Array:
+        if isinstance(like.sharding, jax.sharding.NamedSharding):
+            return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
+        return jnp.asarray(value)
+
+    return int(saved["cursor"]), jax.tree.map(put, saved["state"], state)
 
 
 def _save_sum(checkpoint: Path, cursor: int, state: PyTree, keep: Mapping[str, Any]) -> None:
@@ -162,7 +204,7 @@ def map_rows(
 
     Args:
         fn: `fn(operand, batch)`, a pytree of arrays whose leading axis is the batch's: pure, and of stable identity.
-        operand: a pytree, whole on every device.
+        operand: a pytree, whole on every device, or split over the mesh as it is.
         source: the examples.
         chunk: examples at a time, over all devices; rounded up to a multiple of their number.
         mesh: spreads the examples over its first axis; None is the default device.
@@ -190,12 +232,12 @@ def map_rows(
         )
     sink = _Arrays(count) if into is None else _Stored(into)
     starts = [first for first in range(0, count, size) if sink.wants(first, min(first + size, count))]
-    function = meshes.replicate(tree.callable_tree(fn), mesh)
-    operand = meshes.replicate(operand, mesh)
+    function, operand = meshes.place((tree.callable_tree(fn), operand), mesh)
     with track(count, label, progress=progress and jax.process_index() == 0) as advance:
         advance(count - sum(min(first + size, count) - first for first in starts))
         run = _rows if compiled else _rows_as_they_are
-        for first, rows in _computed(partial(run, function, operand, mesh=mesh), source, starts, count, size, mesh):
+        call = partial(run, function, operand, mesh=mesh, split=meshes.is_split((function, operand), mesh))
+        for first, rows in _computed(call, source, starts, count, size, mesh):
             if check is not None:
                 check(first, rows)
             sink.put(first, rows)
@@ -210,20 +252,33 @@ def lower_rows(
 
     `operand` and `batch` (some examples, any number) may be abstract, and the mesh of devices that are only described.
     """
+    size, given = meshes.padded_size(chunk, meshes.width(mesh)), (tree.callable_tree(fn), operand)
+    (function, operand), batch = _abstract(given, batch, chunk, mesh)
+    split = meshes.is_split(given, mesh)
+    return _lowered(partial(_rows.trace, function, operand, batch, size=size, mesh=mesh, split=split), mesh)
+
+
+def _abstract(whole: PyTree, batch: Batch, chunk: int, mesh: Mesh | None) -> tuple[PyTree, Batch]:
+    """Return what a pass is given, and a chunk, as shapes where they lie."""
     size = meshes.padded_size(chunk, meshes.width(mesh))
 
-    def like(leaf: Any, sharding: Any, rows: int | None = None) -> jax.ShapeDtypeStruct:
-        shape = np.shape(leaf) if rows is None else (rows, *np.shape(leaf)[1:])
-        return jax.ShapeDtypeStruct(shape, jnp.result_type(leaf), sharding=sharding)
+    def given(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else leaf.sharding if meshes.is_split(leaf, mesh) else meshes.replicated(mesh)
+        return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf), sharding=sharding)
 
-    whole, split = (None, None) if mesh is None else (meshes.replicated(mesh), meshes.rows(mesh))
-    function, operand = jax.tree.map(lambda leaf: like(leaf, whole), (tree.callable_tree(fn), operand))
-    batch = jax.tree.map(lambda leaf: like(leaf, split, size), batch)
+    def row(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else meshes.rows(mesh)
+        return jax.ShapeDtypeStruct((size, *np.shape(leaf)[1:]), jnp.result_type(leaf), sharding=sharding)
+
+    return jax.tree.map(given, whole), jax.tree.map(row, batch)
+
+
+def _lowered(trace: Callable[[], Any], mesh: Mesh | None) -> jax.stages.Lowered:
     if mesh is None:
-        return _rows.lower(function, operand, batch, size=size, mesh=None)
+        return trace().lower()
     platform = mesh.devices.flat[0].platform.replace("gpu", "cuda")
     with jax.set_mesh(mesh):  # the lowering asks the current mesh, not the arguments, which device it is for
-        return _rows.trace(function, operand, batch, size=size, mesh=mesh).lower(lowering_platforms=(platform,))
+        return trace().lower(lowering_platforms=(platform,))
 
 
 def _computed(
@@ -247,8 +302,9 @@ def _computed(
 
 
 def _rows_as_they_are(
-    function: Callable[..., Any], operand: PyTree, batch: Batch, *, size: int, mesh: Mesh | None
+    function: Callable[..., Any], operand: PyTree, batch: Batch, *, size: int, mesh: Mesh | None, split: bool
 ) -> PyTree:
+    del split
     if mesh is not None:
         raise InvalidInputError(
             "compiled=False on a mesh", expected="no mesh", remedy="let the function be compiled, or pass mesh=None"
@@ -256,14 +312,20 @@ def _rows_as_they_are(
     return _check_rows(function(operand, batch), size)
 
 
-@partial(jax.jit, static_argnames=("size", "mesh"))
-def _rows(function: Callable[..., Any], operand: PyTree, batch: Batch, *, size: int, mesh: Mesh | None) -> PyTree:
-    def call(function: Callable[..., Any], operand: PyTree, batch: Batch) -> PyTree:
-        return _check_rows(function(operand, batch), size // meshes.width(mesh))
+@partial(jax.jit, static_argnames=("size", "mesh", "split"))
+def _rows(
+    function: Callable[..., Any], operand: PyTree, batch: Batch, *, size: int, mesh: Mesh | None, split: bool
+) -> PyTree:
+    here = size if mesh is None or split else size // meshes.width(mesh)
 
+    def call(function: Callable[..., Any], operand: PyTree, batch: Batch) -> PyTree:
+        return _check_rows(function(operand, batch), here)
+
+    if mesh is not None and split:
+        return jax.lax.with_sharding_constraint(call(function, operand, batch), meshes.rows(mesh))
     if mesh is not None:
-        split, spec = meshes.row_spec(mesh), PartitionSpec()
-        call = jax.shard_map(call, mesh=mesh, in_specs=(spec, spec, split), out_specs=split, check_vma=False)
+        rows, spec = meshes.row_spec(mesh), PartitionSpec()
+        call = jax.shard_map(call, mesh=mesh, in_specs=(spec, spec, rows), out_specs=rows, check_vma=False)
     return call(function, operand, batch)
 
 

@@ -6,6 +6,9 @@ and `Q_A`, `Q_S` their eigenvectors, the Fisher matrix is taken to be diagonal i
 the outer product of the factors' eigenvalues, EK-FAC's is measured, `Λ = (1/n) Σ_i (Q_Aᵀ G_i Q_S)²`, which is the best
 one in this basis.  Leaves without factors have the diagonal of their own Fisher matrix.
 
+A side that is wider than `WIDEST`, such as that of a vocabulary, has the diagonal of its second moment alone, and then
+the given basis.  On a mesh on which parameters are split, factors are split over all of it, too.
+
 Three steps, two passes over the data: `fit`, which is `covariances`, `bases` (eigenvectors, in float64 on the host) and
 `eigenvalues`; then `inverse`.
 
@@ -18,8 +21,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float
 
+from jattrib.core import mesh as meshes
 from jattrib.core import stream, tree
 from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.types import Batch, Fold, OutputFn, Params, Source
@@ -31,11 +36,14 @@ from jattrib.grads.taps import Layer, Layers
 
 __all__ = [
     "Bases", "Basis", "Covariances", "Factors", "bases", "covariances", "eigenvalues", "empirical_fisher", "find",
-    "fit", "inverse", "true_fisher",
+    "fit", "inverse", "moments", "squares", "true_fisher",
 ]  # fmt: skip
 
 Side = Float[Array, "stack d d"] | Float[Array, "stack d"]
 """A second moment of one side of a layer, or its diagonal: of an embedding's one-hot rows that is all there is."""
+
+WIDEST = 32_768
+"""The widest side whose second moment is kept whole: its eigenvectors are as many numbers as its square."""
 
 
 Rotations = dict[str, tuple[Array | None, Array | None]]
@@ -133,13 +141,18 @@ def covariances(
     mesh: jax.sharding.Mesh | None = None, progress: bool = True,
 ) -> Covariances:  # fmt: skip
     """Return `A = Σ a aᵀ / n_tok` and `S = Σ s sᵀ / n_tok` of every layer, in one pass; see `fit`."""
-    update = jax.tree_util.Partial(_moments, layers, loss, params)
-    shapes = jax.eval_shape(update, *_first(source))
-    statistic = Fold(lambda: _zeros(shapes), update, lambda total: total)
+    statistic = moments(layers, loss, params, *_first(source))
     sums = stream.fold(statistic, Numbered(source), chunk=chunk, mesh=mesh, label="covariances", progress=progress)
     counts = {layer.name: sum(use.positions for use in layer.uses) for layer in layers.layers}
     means = [{name: each[side] / (counts[name] * len(source)) for name, each in sums.items()} for side in (0, 1)]
     return Covariances(means[0], means[1], counts)
+
+
+def moments(layers: Layers, loss: Sampled | Observed, params: Params, numbered: Batch, valid: Any) -> Fold:
+    """Return the sums of `covariances` as a statistic, of a batch of such shapes; its arrays may be abstract."""
+    update = jax.tree_util.Partial(_moments, layers, loss, params)
+    shapes = jax.eval_shape(update, numbered, valid)
+    return Fold(lambda: _zeros(shapes), update, lambda total: total)
 
 
 def bases(found: Covariances) -> Bases:
@@ -157,10 +170,18 @@ def eigenvalues(
     mesh: jax.sharding.Mesh | None = None, progress: bool = True,
 ) -> tuple[dict[str, Array], dict[str, Array]]:  # fmt: skip
     """Return `Λ = (1/n) Σ_i (Q_Aᵀ G_i Q_S)²` of every layer and `(1/n) Σ_i g_i²` of every other leaf, in one pass."""
-    update = jax.tree_util.Partial(_squares, layers, loss, params, _rotations(found))
-    shapes = jax.eval_shape(update, *_first(source))
-    statistic = Fold(lambda: _zeros(shapes), update, lambda total: tree.scale(1 / len(source), total))
-    return stream.fold(statistic, Numbered(source), chunk=chunk, mesh=mesh, label="eigenvalues", progress=progress)
+    statistic = squares(layers, _rotations(found), loss, params, *_first(source))
+    total = stream.fold(statistic, Numbered(source), chunk=chunk, mesh=mesh, label="eigenvalues", progress=progress)
+    return tree.scale(1 / len(source), total)
+
+
+def squares(
+    layers: Layers, rotations: Rotations, loss: Sampled | Observed, params: Params, numbered: Batch, valid: Any
+) -> Fold:
+    """Return the sums of `eigenvalues` as a statistic; see `moments`.  Rotations are both sides' eigenvectors."""
+    update = jax.tree_util.Partial(_squares, layers, loss, params, rotations)
+    shapes = jax.eval_shape(update, numbered, valid)
+    return Fold(lambda: _zeros(shapes), update, lambda total: total)
 
 
 def inverse(
@@ -237,14 +258,14 @@ def _second_moment(each: Array, valid: Bool[Array, " b"], size: int, kind: Any, 
         rows = jnp.where(each < 0, size, each).reshape(len(each), -1)
         return counts(rows, jnp.broadcast_to(kept, each.shape).reshape(len(each), -1))
     each = each.astype(kind)
-    if diagonal:
+    if diagonal or size > WIDEST:
         return jnp.sum(jnp.square(each) * kept[..., None], axis=(1, 2))
     rows = (each * kept[..., None]).reshape(len(each), -1, size)
     return jnp.einsum("lri,lrj->lij", rows, each.reshape(rows.shape), precision="highest")
 
 
 def _basis(name: str, moment: Side) -> Basis:
-    exact = np.asarray(moment, np.float64)
+    exact = np.asarray(meshes.fetch(moment), np.float64)
     if not np.isfinite(exact).all():
         raise DivergedError(
             f"second moments of the layer {name!r} that are not finite",
@@ -254,7 +275,12 @@ def _basis(name: str, moment: Side) -> Basis:
     if exact.ndim == 2:
         return Basis(None, moment)
     values, vectors = np.linalg.eigh((exact + exact.swapaxes(1, 2)) / 2)
-    return Basis(jnp.asarray(vectors, moment.dtype), jnp.asarray(np.maximum(values, 0), moment.dtype))
+    kind = np.dtype(moment.dtype)
+    vectors, values = vectors.astype(kind), jnp.asarray(np.maximum(values, 0).astype(kind))
+    where = moment.sharding
+    if not isinstance(where, NamedSharding):
+        return Basis(jnp.asarray(vectors), values)
+    return Basis(jax.make_array_from_callback(vectors.shape, where, lambda index: vectors[index]), values)
 
 
 def _outer(found: Bases, name: str) -> Array:

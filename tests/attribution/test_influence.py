@@ -13,7 +13,7 @@ from jattrib.core import mesh as meshes
 from jattrib.core import store, tree
 from jattrib.core.errors import InvalidInputError, StoreError
 from jattrib.core.stream import InMemory
-from jattrib.curvature import arnoldi, explicit, krylov, products
+from jattrib.curvature import arnoldi, ekfac, explicit, krylov, products
 from jattrib.projection import dense, sketch
 from tests.curvature import problems
 
@@ -99,6 +99,42 @@ def test_neither_order_nor_copies_nor_chunks_nor_devices_matter(problem):
     twice = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf[:3]]), batch)
     copies = quiet(params, InMemory(twice), directions, chunk=10) * (len(train) + 3) / len(train)
     np.testing.assert_allclose(copies, np.concatenate([wanted, wanted[:3]]), rtol=1e-9, atol=1e-13)
+
+
+def split_problem():
+    """A network whose matrices lie in parts on a mesh of four by two devices; and the mesh."""
+    rng = np.random.default_rng(11)
+    sizes = {"first": (4, 8), "last": (8, 3)}
+    params = {
+        name: {"kernel": jnp.asarray(rng.normal(size=size)), "bias": jnp.asarray(rng.normal(size=size[1]))}
+        for name, size in sizes.items()
+    }
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = {"first": {"kernel": jax.P("data", "model"), "bias": jax.P("model")}, "last": {"kernel": jax.P("model")}}
+    specs["last"]["bias"] = jax.P()
+    placed = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, jax.NamedSharding(mesh, spec)), params, specs)
+    return params, placed, mesh
+
+
+def test_parameters_that_are_split_over_a_mesh_stay_split_and_change_nothing():
+    """EK-FAC's factors, features of factors and scores; the factors are split over the mesh, too."""
+    whole, placed, mesh = split_problem()
+    loss, projector, found = ekfac.empirical_fisher(problems.loss), sketch.projector(16), []
+    for params, settings in ((whole, {"chunk": 8}), (placed, {"chunk": 8, "mesh": mesh})):
+        factors = ekfac.fit(loss, params, problems.source(), progress=False, **settings)
+        vectors = influence.gradients(problems.margin, params, queries(), **settings)
+        directions = ekfac.inverse(factors)(jax.tree.map(np.asarray, vectors))
+        scores = quiet(params, problems.source(), jax.tree.map(np.asarray, directions), **settings)
+        kept = features.features(
+            problems.loss, params, problems.source(), projector=projector, key=jax.random.key(0), **settings
+        )
+        found.append((factors, scores, kept))
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-8, atol=1e-12)
+    values = found[1][0].eigenvalues["first/kernel"]
+    np.testing.assert_allclose(values, found[0][0].eigenvalues["first/kernel"], rtol=1e-9)
+    assert values.sharding.spec == jax.P(None, None, ("data", "model"))  # [1, 5, 8]: the outputs alone are even
+    assert found[1][0].bases.outputs["first/kernel"].vectors.addressable_shards[0].data.size == 64 // 8
 
 
 def test_plain_gradients_serve_where_there_are_no_factors():
