@@ -1,4 +1,4 @@
-"""The command line: `jattrib run`, `jattrib list`, `jattrib bench`.
+"""The command line: `jattrib run`, `jattrib list`, `jattrib unlearn`, `jattrib bench`.
 
 Exit codes: 0, done; 2, the input or the command is wrong; 1, a directory or a file on disk is, or a computation left
 the finite numbers; 130, interrupted, and the same command resumes.  Any other failure is a bug and shows its traceback.
@@ -107,6 +107,33 @@ def list_configs() -> None:
         console.print()
     if not shipped.names():
         console.print(f"No configs in {shipped.root()}.")
+
+
+@app.command()
+def unlearn(
+    model: Annotated[Path, typer.Option("--model", help="The directory of a saved classifier.")],
+    forget: Annotated[Path, typer.Option("--forget", help="Indices of training examples, one a line, or NPY.")],
+    out: Annotated[Path, typer.Option("--out", help="The directory for the classifier without them.")],
+    method: Annotated[
+        str, typer.Option("--method", help="dmm, or a baseline: ascent_descent, scrub, ssd, ...")
+    ] = "dmm",
+    subset_models: Annotated[int, typer.Option("--subset-models", min=8, help="Models that dmm trains.")] = 200,
+    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+) -> None:
+    """Make a saved classifier forget some of its training examples; the same command resumes."""
+    from jattrib.recipes import unlearn as unlearning
+
+    try:
+        figures = unlearning.unlearn(model, forget, out, method=method, subset_models=subset_models, seed=seed)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted. The same command resumes.")
+        raise typer.Exit(INTERRUPTED) from None
+    table = Table("figure", "value")
+    for name, value in figures.items():
+        table.add_row(name, _shown(value))
+    console = Console()
+    console.print(table)
+    console.print(f"Classifier: {out}", highlight=False, soft_wrap=True)
 
 
 @app.command()
