@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, Int, Key
 from jattrib.core import sources, tree
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Batch, Params
-from jattrib.curvature import krylov, products
+from jattrib.curvature import ekfac, krylov, products
+from jattrib.grads import taps
 from jattrib.models.model import Apply
-from jattrib.models.outputs import Logits, label_loss, mean_loss
+from jattrib.models.outputs import Logits, Loss, label_loss, mean_loss
 from jattrib.unlearning import finetune
 from jattrib.unlearning.finetune import DEFAULT, Models, Problem, Settings
 
@@ -253,13 +254,11 @@ def newton_step(
     source = sources.InMemory(retain)
     moved = []
     for number in range(models.size):
-        params, state, gradient = jax.tree.map(
-            lambda leaf, at=number: leaf[at], (models.params, models.state, gradients)
-        )
+        params, state = _one(models, number)
         operator = products.streamed(
             products.ggn(Logits(problem.apply, state), label_loss, params), source, chunk=chunk
         )  # fmt: skip
-        one = jax.tree.map(lambda leaf: leaf[None], gradient)
+        one = jax.tree.map(lambda leaf, at=number: leaf[at : at + 1], gradients)
         step, _ = krylov.conjugate_gradient(operator, one, damping=damping, iterations=iterations)
         moved.append(jax.tree.map(lambda leaf, change: leaf - change[0], params, step))
     return models._replace(params=jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved))
@@ -389,24 +388,26 @@ def _mean_gradients(apply: Apply, models: Models, batch: Batch) -> Params:
     return jax.vmap(one)(models.params, models.state)
 
 
-@partial(jax.jit, static_argnums=0)
 def _mean_squares(apply: Apply, models: Models, batch: Batch) -> Params:
-    """Return the mean over examples of the squared gradient: the diagonal of the empirical Fisher matrix."""
+    """Return the mean over examples of each model's squared gradient: the diagonal of the empirical Fisher matrix.
 
-    def one(params: Params, state: Any) -> Params:
-        def of_example(total: Params, example: Any) -> tuple[Params, None]:
-            def loss(params: Params) -> Float[Array, ""]:
-                inputs, label = example
-                outputs, _ = apply(params, state, jax.tree.map(lambda leaf: leaf[None], inputs), train=False)
-                return mean_loss(outputs[0], label)
+    Of a layer, squares of outer products are outer products of squares: no gradient of an example is ever made.
+    """
+    source, squares = sources.InMemory(batch), []
+    for number in range(models.size):
+        params, state = _one(models, number)
+        loss = ekfac.empirical_fisher(Loss(apply, state))
+        layers = ekfac.find(loss, params, source)
+        as_they_are = {layer.name: ekfac.Basis(None, jnp.zeros((1, 1))) for layer in layers.layers}
+        found, plain = ekfac.eigenvalues(
+            layers, ekfac.Bases(as_they_are, as_they_are, {}), loss, params, source, chunk=1024, progress=False
+        )
+        squares.append(taps.from_matrices(layers, found, plain, params))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *squares)
 
-            gradient = jax.grad(loss)(params)
-            return jax.tree.map(lambda t, g: t + jnp.square(g), total, gradient), None
 
-        total, _ = jax.lax.scan(of_example, tree.zeros_like(params), jax.tree.map(jnp.asarray, batch))
-        return tree.scale(1 / batch[1].shape[0], total)
-
-    return jax.vmap(one)(models.params, models.state)
+def _one(models: Models, number: int) -> tuple[Params, Any]:
+    return jax.tree.map(lambda leaf: leaf[number], (models.params, models.state))
 
 
 Method = Literal[

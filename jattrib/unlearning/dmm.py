@@ -6,7 +6,7 @@ what leaving the forget set F out does, to first order, from scores τ of any at
 Source: Georgiev et al. 2024, "Attribute-to-Delete: Machine Unlearning via Datamodel Matching", algorithm 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +29,9 @@ FORGET_REPEATS = 5
 
 RETAIN_RATIO = 20
 """Retained examples in the fine-tuning set, for each example to forget."""
+
+SPREAD = 0.1
+"""How much the part of the forget set has to vary over subset models for its effect as a group to be seen."""
 
 Shift = Float[np.ndarray, "q c"]
 """By example and class, by how much retraining without F is predicted to change the logits."""
@@ -277,6 +280,48 @@ def shift_of_masks(
         error = np.sqrt(parts[0][1] + parts[1][1])
         shift[start : start + 4096] = -np.where(np.abs(difference) > threshold * error, difference, 0).sum(axis=0)
     return shift.reshape(outputs.shape[1:])
+
+
+def shift_of_groups(
+    masks: Bool[np.ndarray, "m n"],
+    outputs: Float[np.ndarray, "m q c"],
+    forget: Int[np.ndarray, " f"],
+    *,
+    around: Sequence[Int[np.ndarray, " _"]] = (),
+    degree: int = 2,
+) -> Shift:
+    """Return the shift from subset models that hold different parts of F: a regression on the part, not on examples.
+
+    With u the part of F in a subset, and v_j the parts of other groups, whose presence goes along with F's,
+    `f(x) = b(x) + Σ_k a_k(x) u^k + Σ_j c_j(x) v_j` by least squares; the shift is `−Σ_k a_k(x)`, from u = 1 to u = 0.
+    Effects of examples that are alike add up to more than their sum, which no sum of τ_i knows: here they are measured
+    together.  It needs subsets in which u varies widely (`data.masks.neighbourhoods`).
+
+    Args:
+        masks: the subset of each model.
+        outputs: its logits.
+        forget: the examples to forget.
+        around: other groups: what is like F and is retained, nearest first.
+        degree: of the polynomial in u.
+
+    Raises:
+        InvalidInputError: the part of F does not vary enough over subsets, or there are too few of them.
+
+    Source: ours; of degree 1 without other groups it is the difference of means for F as a whole.
+    """
+    part = masks[:, forget].mean(axis=1)
+    columns = [np.ones(len(masks)), *(part**power for power in range(1, degree + 1))]
+    columns += [masks[:, group].mean(axis=1) for group in around]
+    design = np.stack(columns, axis=1)
+    if len(masks) <= len(columns) or part.std() < SPREAD or np.linalg.matrix_rank(design) < len(columns):
+        raise InvalidInputError(
+            f"{len(masks)} subsets, in which the part of the forget set has a standard deviation of {part.std():.3f}",
+            expected=f"more than {len(columns)} subsets, and a part that varies by {SPREAD} or more",
+            remedy="draw subsets with data.masks.neighbourhoods, or sum effects of examples: shift_of_masks",
+        )
+    flat = np.asarray(outputs, np.float64).reshape(len(masks), -1)
+    found = np.linalg.lstsq(design, flat, rcond=None)[0]
+    return -found[1 : degree + 1].sum(axis=0).reshape(outputs.shape[1:])
 
 
 def shift_of_influence(

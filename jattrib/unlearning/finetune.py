@@ -4,6 +4,7 @@ A method is what it gives this loop: per-example losses, weights of draws (below
 step, and which parameters may move.  The step is that of `train.loop`.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from jattrib.core import tree
 from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.types import Batch, Params
 from jattrib.models.model import Apply
-from jattrib.train import loop
+from jattrib.train import chunk, loop
 
 
 class Models(NamedTuple):
@@ -199,8 +200,9 @@ def tune(
     optimizer: Literal["adam", "sgd"] = "adam",
     movable: PyTree | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    strategy: Literal["auto", "vmap", "threads"] = "auto",
 ) -> Models:
-    """Fine-tune every model, all of them in one program, and return them.
+    """Fine-tune every model, and return them.
 
     Step t moves θ by `η_t` times the optimiser's direction for `Σ_b v_tb s_tb ℓ(row_tb; θ) / Σ_b v_tb` (`loop.train`).
 
@@ -214,6 +216,8 @@ def tune(
         optimizer: `adam` or `sgd`.
         movable: a pytree like the models' parameters of factors between 0 and 1 for the updates; none when left out.
         mesh: spreads the models over its first axis.
+        strategy: `vmap`: side by side in one program; `threads`, for the CPU: as many at a time as there are cores,
+            each in a program of one thread; `auto`: the latter on the CPU without a mesh.  Models agree to rounding.
 
     Raises:
         DivergedError: a model's parameters are no longer finite.
@@ -226,22 +230,45 @@ def tune(
             expected=f"a multiple of {across}",
             remedy="choose another number of models, or another mesh",
         )
-    rows = meshes.replicate(jax.tree.map(jnp.asarray, rows), mesh)
-    spread = jax.tree.map(jnp.asarray, (models, own, steps, movable))
-    spread = spread if mesh is None else jax.device_put(spread, meshes.rows(mesh))
-    found = _tune(loss, optimizer, rows, *spread)
+    if strategy == "threads" or (strategy == "auto" and mesh is None and jax.default_backend() == "cpu"):
+        found = _tune_on_cores(loss, optimizer, jax.tree.map(jnp.asarray, rows), (models, own, steps, movable))
+    else:
+        rows = meshes.replicate(jax.tree.map(jnp.asarray, rows), mesh)
+        spread = jax.tree.map(jnp.asarray, (models, own, steps, movable))
+        spread = spread if mesh is None else jax.device_put(spread, meshes.rows(mesh))
+        found = _tune(loss, optimizer, rows, *spread)
     _check_finite(found)
     return found
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _tune(loss: loop.LossFn, optimizer: str, rows: Batch, models: Models, own: Any, steps: Steps, movable: Any):
-    def one(params: Params, state: Any, own: Any, steps: Steps, movable: Any) -> Models:
-        rule = _optimizer(optimizer, steps.rates, movable)
-        trained = loop.train(loss, rule, (params, state), (rows, own), steps.order)
-        return Models(trained.params, trained.state)
+    return jax.vmap(partial(_tune_one, loss, optimizer, rows))(models, own, steps, movable)
 
-    return jax.vmap(one)(models.params, models.state, own, steps, movable)
+
+def _tune_one(
+    loss: loop.LossFn, optimizer: str, rows: Batch, model: Models, own: Any, steps: Steps, movable: Any
+) -> Models:
+    rule = _optimizer(optimizer, steps.rates, movable)
+    trained = loop.train(loss, rule, (model.params, model.state), (rows, own), steps.order)
+    return Models(trained.params, trained.state)
+
+
+_tune_on_one_core = jax.jit(
+    _tune_one, static_argnums=(0, 1), compiler_options={"xla_cpu_multi_thread_eigen": False}
+)  # fmt: skip
+
+
+def _tune_on_cores(loss: loop.LossFn, optimizer: str, rows: Batch, each: tuple[Models, Any, Steps, Any]) -> Models:
+    each = jax.tree.map(np.asarray, each)
+
+    def run(number: int) -> Models:
+        mine = jax.tree.map(lambda leaf: leaf[number], each)
+        return jax.block_until_ready(_tune_on_one_core(loss, optimizer, rows, *mine))
+
+    with ThreadPoolExecutor(chunk.cores()) as pool:
+        found = list(pool.map(run, range(each[0].size)))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 
 def _optimizer(name: str, rates: Float[Array, " steps"], movable: Any) -> optax.GradientTransformation:

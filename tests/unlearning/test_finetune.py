@@ -83,6 +83,22 @@ def test_models_do_not_see_one_another(task):
     np.testing.assert_allclose(together.params["kernel"][1], alone.params["kernel"][0], rtol=1e-5)
 
 
+def test_models_on_cores_of_their_own_are_those_side_by_side(task):
+    problem, models, keys = task
+    chosen = dmm.rows(problem, jax.random.key(2))
+    inputs = jnp.asarray(problem.data[0][chosen.examples[chosen.draws]])
+    own = np.ones((2, len(chosen.draws), 3), np.float32)
+    movable = jax.tree.map(lambda leaf: jnp.ones_like(leaf).at[1].set(0.0), models.params)
+    steps = finetune.shuffled(keys, len(chosen.draws), Settings(2, 16, 1e-2))
+    loss = dmm._Matching(problem.apply)
+    threads, vmap = (
+        finetune.tune(loss, models, inputs, own, steps, movable=movable, strategy=each) for each in ("threads", "vmap")
+    )
+    np.testing.assert_allclose(threads.params["kernel"], vmap.params["kernel"], rtol=1e-5, atol=1e-6)
+    assert finetune.moved(models, threads)[0] > 1e-3
+    np.testing.assert_array_equal(threads.params["kernel"][1], models.params["kernel"][1])
+
+
 def test_models_spread_over_devices_are_the_same(task):
     problem, models, keys = task
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
