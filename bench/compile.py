@@ -35,7 +35,7 @@ def main() -> None:
     versions = {name: metadata.version(name) for name in ("jax", "libtpu", "jax-cuda13-plugin")}
     chosen.out.mkdir(parents=True, exist_ok=True)
     for op in chosen.ops or ops:
-        programs = importlib.import_module(f"tests.compile.test_{op}").PROGRAMS
+        programs = getattr(importlib.import_module(f"tests.compile.test_{op}"), "PROGRAMS", ())
         file = chosen.out / f"compile_{op}.jsonl"
         rows = {name_of(row): row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
         for program in programs:

@@ -78,12 +78,33 @@ def _datamodels() -> Recipe:
     return Recipe(datamodels.Config, datamodels.run)
 
 
+def _influence() -> Recipe:
+    from jattrib.recipes import influence
+
+    return Recipe(influence.Config, influence.run)
+
+
+def _influence_text() -> Recipe:
+    from jattrib.recipes import influence_text
+
+    return Recipe(influence_text.Config, influence_text.run)
+
+
+def _dmm() -> Recipe:
+    from jattrib.recipes import dmm
+
+    return Recipe(dmm.Config, dmm.run)
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "trak": _trak,
     "comparison": _comparison,
     "magic": _magic,
     "magic_text": _magic_text,
     "datamodels": _datamodels,
+    "dmm": _dmm,
+    "influence": _influence,
+    "influence_text": _influence_text,
 }
 """Every recipe by the name that configs give it; imported when asked for, since recipes import JAX."""
 

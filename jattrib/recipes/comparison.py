@@ -20,7 +20,7 @@ def run(config: Config, directory: rundir.RunDir) -> None:
     task = experiment.prepare(config, directory)
     trak_stages.check_projection(config, task)
     context = comparison_stages.prepare(config, task, directory)
-    truths = comparison_stages.retrain(config, task, directory)
+    truths = comparison_stages.retrain(config, task, directory, config.evaluation)
     prices = comparison_stages.prices(config, directory)
     measured, rankings = [], {}
     references = comparison_stages.references(task, truths)

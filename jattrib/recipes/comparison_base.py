@@ -7,7 +7,7 @@ held-out models, apart for each protocol.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -80,6 +80,26 @@ class Config(trak_stages.Config, frozen=True, tag_field="recipe", tag="compariso
     evaluation: Evaluation = Evaluation()
 
 
+@runtime_checkable
+class OneRun(Protocol):
+    """What attributors are given that take gradients at the one run: a part of a `Context`, of any recipe's config."""
+
+    @property
+    def config(self) -> Any:
+        """The whole config; its `method` has the attributor's settings."""
+        ...
+
+    @property
+    def task(self) -> Task:
+        """The training set, the queries, how models are trained, keys."""
+        ...
+
+    @property
+    def whole(self) -> Trained:
+        """The one run on all examples."""
+        ...
+
+
 class Context(NamedTuple):
     """What attributors are given.
 
@@ -121,7 +141,7 @@ class Attributor(NamedTuple):
 
     name: str
     title: str
-    candidates: Callable[[Context], Candidates]
+    candidates: Callable[[Any], Candidates]
     subset_models: int = 0
     runs: int = 0
     features: int = 0

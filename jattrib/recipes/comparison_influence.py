@@ -13,7 +13,7 @@ from jattrib.attribution import influence as influences
 from jattrib.attribution import tracin as traces
 from jattrib.attribution.influence import Precondition, Vectors
 from jattrib.core import stream
-from jattrib.core.types import Params, Source
+from jattrib.core.types import OutputFn, Params, Source
 from jattrib.curvature import arnoldi as subspaces
 from jattrib.curvature import datainf as closed_form
 from jattrib.curvature import ekfac as factored
@@ -22,7 +22,7 @@ from jattrib.grads import taps
 from jattrib.models.outputs import Logits, Loss, Margin, draw_label, label_loss
 from jattrib.projection import factored as factors
 from jattrib.recipes import build, experiment
-from jattrib.recipes.comparison_base import Candidates, Context
+from jattrib.recipes.comparison_base import Candidates, OneRun
 from jattrib.train import cuts, pullback, replay
 
 
@@ -30,17 +30,17 @@ class _One(NamedTuple):
     """The one run's model and data, and the queries' gradients there."""
 
     loss: Loss
-    margin: Margin
+    margin: OutputFn
     logits: Logits
     params: Params
     train: Source
     queries: Vectors
 
 
-def _one(context: Context) -> _One:
+def _one(context: OneRun) -> _One:
     apply, (params, state) = context.task.members.model.apply, context.whole[:2]
     params = jax.tree.map(jnp.asarray, params)
-    margin, queries = Margin(apply, state), stream.InMemory(tuple(context.task.queries))
+    margin, queries = experiment.output(context.task)(state), stream.InMemory(tuple(context.task.queries))
     found = influences.gradients(margin, params, queries)
     return _One(
         Loss(apply, state), margin, Logits(apply, state), params, stream.InMemory(tuple(context.task.train)), found
@@ -51,19 +51,19 @@ def _scores(one: _One, directions: Vectors) -> np.ndarray:
     return np.asarray(influences.scores(one.loss, one.params, one.train, directions, progress=False))
 
 
-def gradient_dot(context: Context) -> Candidates:
+def gradient_dot(context: OneRun) -> Candidates:
     """Return minus the inner product of a loss' gradient with a margin's."""
     one = _one(context)
     return {0.0: influences.gradient_dot(one.loss, one.params, one.train, one.queries)}
 
 
-def gradient_cosine(context: Context) -> Candidates:
+def gradient_cosine(context: OneRun) -> Candidates:
     """Return minus the cosine of a loss' gradient with a margin's."""
     one = _one(context)
     return {0.0: influences.cosine(one.loss, one.params, one.train, one.queries)}
 
 
-def ekfac(context: Context) -> Candidates:
+def ekfac(context: OneRun) -> Candidates:
     """Return influence with EK-FAC's inverse of the true Fisher matrix, by relative damping of each layer."""
     one = _one(context)
     key = jax.random.fold_in(context.task.keys["statistics"], 2)
@@ -76,7 +76,7 @@ def ekfac(context: Context) -> Candidates:
     }  # fmt: skip
 
 
-def datainf(context: Context) -> Candidates:
+def datainf(context: OneRun) -> Candidates:
     """Return influence with DataInf's mean of inverses, by relative damping of each layer."""
     one = _one(context)
     return {
@@ -87,7 +87,7 @@ def datainf(context: Context) -> Candidates:
     }  # fmt: skip
 
 
-def logra(context: Context) -> Candidates:
+def logra(context: OneRun) -> Candidates:
     """Return influence of factored projections with the inverse of their empirical Fisher matrix, by damping."""
     one = _one(context)
     layers = taps.find(one.loss, one.params, jax.tree.map(lambda leaf: leaf[0], one.train.take(np.zeros(1, int))))
@@ -104,7 +104,7 @@ def logra(context: Context) -> Candidates:
     }  # fmt: skip
 
 
-def arnoldi(context: Context) -> Candidates:
+def arnoldi(context: OneRun) -> Candidates:
     """Return influence in the space of the Gauss-Newton matrix's largest eigenvectors, by damping."""
     one, steps = _one(context), context.config.method.arnoldi_steps
     operator = products.streamed(products.ggn(one.logits, label_loss, one.params), one.train)
@@ -117,7 +117,7 @@ def arnoldi(context: Context) -> Candidates:
     }
 
 
-def conjugate_gradients(context: Context) -> Candidates:
+def conjugate_gradients(context: OneRun) -> Candidates:
     """Return influence with the Gauss-Newton matrix of some examples, solved by conjugate gradients, by damping."""
     one, method = _one(context), context.config.method
     operator, mean = _sampled_operator(context, one)
@@ -129,7 +129,7 @@ def conjugate_gradients(context: Context) -> Candidates:
     )  # fmt: skip
 
 
-def lissa(context: Context) -> Candidates:
+def lissa(context: OneRun) -> Candidates:
     """Return influence with the Gauss-Newton matrix of random batches, by LiSSA's series, by damping."""
     one, method = _one(context), context.config.method
     _, mean = _sampled_operator(context, one)
@@ -141,11 +141,11 @@ def lissa(context: Context) -> Candidates:
     )  # fmt: skip
 
 
-def _by_ridge(context: Context, one: _One, solve: Callable[[float], Vectors]) -> Candidates:
+def _by_ridge(context: OneRun, one: _One, solve: Callable[[float], Vectors]) -> Candidates:
     return {ridge: _scores(one, solve(ridge)) for ridge in context.config.method.ridges}
 
 
-def _sampled_operator(context: Context, one: _One) -> tuple[Precondition, float]:
+def _sampled_operator(context: OneRun, one: _One) -> tuple[Precondition, float]:
     """Return the product with the Gauss-Newton matrix of some training examples, and its mean eigenvalue."""
     key = jax.random.fold_in(context.task.keys["statistics"], 4)
     count = min(context.config.method.curvature_examples, len(one.train))
@@ -156,7 +156,7 @@ def _sampled_operator(context: Context, one: _One) -> tuple[Precondition, float]
     return operator, products.mean_eigenvalue(operator, one.params, key=key)
 
 
-def tracin(context: Context) -> Candidates:
+def tracin(context: OneRun) -> Candidates:
     """Return TracIn's sum over places along the one run, each of which stands for the steps around it."""
     config, task = context.config, context.task
     members, key = experiment.paired(config, task)

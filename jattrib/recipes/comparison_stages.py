@@ -17,9 +17,10 @@ from jattrib.metrics.bootstrap import Interval
 from jattrib.metrics.brittleness import Brittleness
 from jattrib.metrics.correlation import spearman
 from jattrib.recipes import experiment, rundir, trak_stages
-from jattrib.recipes.comparison_base import Attributor, Candidates, Config, Context
+from jattrib.recipes.comparison_base import Attributor, Candidates, Config, Context, Evaluation, OneRun
 from jattrib.recipes.experiment import FixedTruth, Task, Truth
 from jattrib.train import ensemble
+from jattrib.train.loop import Trained
 
 LONG = 10.0
 """Seconds from which an attributor is not called twice."""
@@ -116,13 +117,7 @@ def prepare(config: Config, task: Task, directory: rundir.RunDir) -> Context:
             label="training checkpoints",
         )  # fmt: skip
     models = experiment.retrain(config, task, directory, "checkpoints", config.method.datamodels, seeds=1)
-    with rundir.stage(directory, "whole") as folder:
-        members, key = experiment.paired(config, task)
-        everything = np.ones((1, len(task.train.labels)), bool)
-        whole = ensemble.train(
-            members._replace(width=1), tuple(task.train), everything, key, directory=folder / "models",
-            identity=task.identity, label="training on everything",
-        )  # fmt: skip
+    whole = train_whole(config, task, directory)
     with rundir.stage(directory, "features") as folder:
         features = trak_stages.featurize(config, task, trained, folder)
     with rundir.stage(directory, "own_features") as folder:
@@ -132,9 +127,19 @@ def prepare(config: Config, task: Task, directory: rundir.RunDir) -> Context:
     return Context(config, task, whole, features, own, models, directory.path / rundir.RESUME / "attributing")
 
 
-def retrain(config: Config, task: Task, directory: rundir.RunDir) -> Truths:
+def train_whole(config: experiment.Config, task: Task, directory: rundir.RunDir) -> Trained:
+    """Train the one run on all examples, whose repetitions without some are the fixed-seed truth; a stack of one."""
+    with rundir.stage(directory, "whole") as folder:
+        members, key = experiment.paired(config, task)
+        everything = np.ones((1, len(task.train.labels)), bool)
+        return ensemble.train(
+            members._replace(width=1), tuple(task.train), everything, key, directory=folder / "models",
+            identity=task.identity, label="training on everything",
+        )  # fmt: skip
+
+
+def retrain(config: experiment.Config, task: Task, directory: rundir.RunDir, evaluation: Evaluation) -> Truths:
     """Ask the truth of both protocols, and that of held-out models."""
-    evaluation = config.evaluation
 
     def fixed(name: str, subsets: int) -> FixedTruth:
         fraction = evaluation.fixed_fraction
@@ -158,7 +163,7 @@ def references(task: Task, truths: Truths) -> References:
     )
 
 
-def timed(method: Attributor, context: Context) -> tuple[Candidates, float]:
+def timed(method: Attributor, context: OneRun) -> tuple[Candidates, float]:
     """Return an attributor's scores and its seconds.
 
     They are those of a second call, unless the first was so long that compilation is a small part of it.
@@ -254,8 +259,15 @@ def _choose(candidates: Candidates, masks: Bool[np.ndarray, "m n"], actual: Floa
     """Return the candidate of highest LDS on held-out models."""
     if len(candidates) == 1:
         return next(iter(candidates))
-    found = {
+    found = by_choice(candidates, masks, actual)
+    return max(found, key=lambda choice: found[choice])
+
+
+def by_choice(
+    candidates: Candidates, masks: Bool[np.ndarray, "m n"], actual: Float[np.ndarray, "m q"]
+) -> dict[float, float]:
+    """Return the LDS of each candidate on models that choices are made on."""
+    return {
         choice: float(np.nanmean(spearman(lds.predict(scores, masks), actual).values))
         for choice, scores in candidates.items()
     }
-    return max(found, key=lambda choice: found[choice])

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer, Key
+from jaxtyping import Array, Bool, Float, Integer, Key, Num
 from msgspec import Meta
 
 from jattrib.core import store, tree
@@ -258,7 +258,7 @@ def query_margins(task: Task) -> jax.tree_util.Partial:
     )
 
 
-def _margins(apply: Apply, inputs: Float[Array, "q ..."], labels: Array, trained: Trained) -> Float[Array, " q"]:
+def _margins(apply: Apply, inputs: Num[Array, "q ..."], labels: Array, trained: Trained) -> Float[Array, " q"]:
     logits, _ = apply(trained.params, trained.state, inputs, train=False)
     return jax.vmap(margin)(logits, labels) if labels.ndim == 1 else -jax.vmap(mean_loss)(logits, labels)
 

@@ -108,11 +108,11 @@ def _passages(results: Results) -> report.Quotations:
         order = np.argsort(-scores[:, query], kind="stable")
         told = test[results.task.query_indices[query]]
         helpful, harmful = (
-            tuple(_quote(train[i], length, f"{1e6 * scores[i, query]:+.1f}") for i in part)
+            tuple(quote(train[i], length, f"{1e6 * scores[i, query]:+.1f}") for i in part)
             for part in (order[:NEIGHBOURS], order[::-1][:NEIGHBOURS])
         )
         loss = f"{-results.found.info.values[query]:.2f} nats a character"
-        rows.append((_quote(told, length, loss), helpful, harmful))
+        rows.append((quote(told, length, loss), helpful, harmful))
     return report.Quotations(
         tuple(rows),
         f"Passages that were not trained on, with the training passages whose weight raises and lowers their "
@@ -120,7 +120,8 @@ def _passages(results: Results) -> report.Quotations:
     )
 
 
-def _quote(passage: Passage, length: int, detail: str) -> report.Quotation:
+def quote(passage: Passage, length: int, detail: str) -> report.Quotation:
+    """Return a passage, cut to what the model reads, with a few words more."""
     cut = passage.text[:length].rstrip() + " …" if len(passage.text) > length else passage.text
     return report.Quotation(passage.name, cut, detail)
 

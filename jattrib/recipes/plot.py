@@ -106,7 +106,8 @@ def line_with_band(
     for row, (middle, bottom, top) in enumerate(zip(*map(np.atleast_2d, (mean, low, high)), strict=True)):
         colour = SERIES[row % len(SERIES)]
         axes.fill_between(x, bottom, top, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(x, middle, color=colour, marker="o", markersize=4.5, label=names[row] if names else None)
+        dashed = "--" if row >= len(SERIES) else "-"  # colours come again then
+        axes.plot(x, middle, dashed, color=colour, marker="o", markersize=4.5, label=names[row] if names else None)
     if names:
         heights = np.concatenate([np.ravel(low), np.ravel(high), list((references or {}).values())])
         _name_ends(axes, x[-1], np.atleast_2d(mean)[:, -1], names, points=180 / max(np.ptp(heights), 1e-30))
@@ -131,10 +132,12 @@ def named_points(
     names: Sequence[str],
     labels: Labels,
     references: Mapping[str, float] | None = None,
+    log_x: bool = True,
 ) -> Figure:
-    """Draw points with intervals over a logarithmic axis, each with its name beside it, and dashed reference lines."""
+    """Draw points with intervals, each with its name beside it, and dashed reference lines; `log_x` is the usual."""
     figure, axes = _figure(labels, height=4.6)
-    axes.set_xscale("log")
+    if log_x:
+        axes.set_xscale("log")
     axes.errorbar(x, y, yerr=[y - low, high - y], fmt="o", color=BLUE, ecolor=RULE, elinewidth=1.4, markersize=5)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.margins(x=0.3, y=0.08)
@@ -177,6 +180,29 @@ def histogram(
             name, (value, 1), (4, -4 - 12 * row), xycoords=("data", "axes fraction"), textcoords="offset points",
             va="top", color=VERMILION, fontsize=8.5,
         )  # fmt: skip
+    return figure
+
+
+def overlaid_histograms(
+    panels: Sequence[tuple[str, Mapping[str, Float[np.ndarray, " _"]]]], *, labels: Labels, bins: int = 20
+) -> Figure:
+    """Draw panels side by side, each with a title and named samples over one another, on bins of its own."""
+    with rc_context(_STYLE):
+        figure = Figure((WIDTH, 2.9), DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, (title, samples) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
+            edges = np.histogram_bin_edges(np.concatenate(list(samples.values())), bins)
+            for colour, (name, values) in zip(itertools.cycle(SERIES), samples.items(), strict=False):
+                axes.hist(values, edges, histtype="stepfilled", facecolor=colour, alpha=0.3, label=name)
+                axes.hist(values, edges, histtype="step", color=colour, linewidth=1.2)
+            axes.set_title(title, fontsize=8.5, color=INK)
+            axes.tick_params(color=MUTED, labelcolor=MUTED, grid_color=RULE)
+            axes.yaxis.set_visible(False)
+            axes.spines["left"].set_visible(False)
+        figure.supxlabel(labels.x, fontsize=9, color=MUTED)
+        figure.supylabel(labels.y, fontsize=9, color=MUTED)
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, labelcolor=INK)
     return figure
 
 

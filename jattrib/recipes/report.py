@@ -3,6 +3,7 @@
 It follows the reader's light or dark preference, prints, and reads well without its pictures.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -53,11 +54,19 @@ class Gallery(NamedTuple):
 
 
 class Quotation(NamedTuple):
-    """A passage: what it is called, its words, and a detail, such as a score."""
+    """A passage: what it is called, its words, and a detail, such as a score.
+
+    Attributes:
+        name: what it is called.
+        text: its words.
+        detail: a few words more.
+        shades: a number from −1 to 1 for each of the first characters, which are shaded as harmful or helpful.
+    """
 
     name: str
     text: str
     detail: str = ""
+    shades: tuple[float, ...] = ()
 
 
 class Quotations(NamedTuple):
@@ -303,7 +312,19 @@ def _quoted(query: Quotation, helpful: Sequence[Quotation], harmful: Sequence[Qu
 
 def _quotation(each: Quotation) -> str:
     detail = f" <small>{escape(each.detail)}</small>" if each.detail else ""
-    return f"<blockquote>{escape(each.text)}</blockquote><cite>{escape(each.name)}</cite>{detail}"
+    words = _shaded(each.text, each.shades) if each.shades else escape(each.text)
+    return f"<blockquote>{words}</blockquote><cite>{escape(each.name)}</cite>{detail}"
+
+
+def _shaded(text: str, shades: Sequence[float]) -> str:
+    """Return text with its first characters shaded; neighbours of one shade share an element."""
+    percents = [round(20 * min(max(shade, -1), 1)) * 5 for shade in shades[: len(text)]]
+    parts = []
+    for percent, group in itertools.groupby(zip(percents, text, strict=False), key=lambda pair: pair[0]):
+        words = escape("".join(character for _, character in group))
+        kind = "up" if percent > 0 else "down"
+        parts.append(f'<mark class="{kind}" style="--shade:{abs(percent)}%">{words}</mark>' if percent else words)
+    return "".join(parts) + escape(text[len(percents) :])
 
 
 def _thumbnail(thumbnail: plot.Thumbnail, role: str) -> str:

@@ -1,8 +1,9 @@
 """What the TRAK recipe shows: its figures, its pictures, its report."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from jattrib.data.vision import Dataset
 from jattrib.metrics import lds
@@ -36,13 +37,13 @@ def write(directory: rundir.RunDir, results: Results) -> None:
         "ridge": _ridge_picture(results),
         "counterfactual": _counterfactual_picture(results),
     }
-    gallery = _gallery(results)
+    rows = gallery(results.config, results.task, results.found.scores)
     for name, (figure, _, _) in pictures.items():
         plot.save_png(figure, directory.path / f"{name}.png")
-    grid = plot.attribution_grid(gallery, title="Training images that helped and harmed a prediction most")
+    grid = plot.attribution_grid(rows, title="Training images that helped and harmed a prediction most")
     plot.save_png(grid, directory.path / "attributions.png")
     shown = {name: report.picture(figure, alt=alt, caption=text) for name, (figure, alt, text) in pictures.items()}
-    report.write(directory, _report(results, shown, gallery))
+    report.write(directory, _report(results, shown, rows))
     rundir.finish(directory, _figures(results))
 
 
@@ -164,9 +165,8 @@ def _counterfactual_picture(results: Results) -> Drawn:
     )
 
 
-def _gallery(results: Results) -> tuple[plot.Attribution, ...]:
-    """Queries spread evenly over the test set's classes."""
-    task, scores = results.task, results.found.scores
+def gallery(config: Any, task: Task, scores: Float[np.ndarray, "n q"]) -> tuple[plot.Attribution, ...]:
+    """Return the images that helped and harmed queries most; queries are spread evenly over the test set's classes."""
     labels = task.queries.labels
     by_turn = sorted(
         range(len(labels)), key=lambda query: (int((labels[:query] == labels[query]).sum()), labels[query])
@@ -176,7 +176,7 @@ def _gallery(results: Results) -> tuple[plot.Attribution, ...]:
 
     def thumbnail(kind: str, index: int, detail: str) -> plot.Thumbnail:
         dataset: Dataset = images[kind]
-        pixels = build.to_images(results.config.data, dataset.inputs[index : index + 1])[0]
+        pixels = build.to_images(config.data, dataset.inputs[index : index + 1])[0]
         return plot.Thumbnail(pixels, task.classes[dataset.labels[index]], detail)
 
     rows = []
@@ -266,9 +266,7 @@ def _method(results: Results) -> tuple[str, ...]:
     )
 
 
-def _report(
-    results: Results, pictures: dict[str, report.Picture], gallery: tuple[plot.Attribution, ...]
-) -> report.Report:
+def _report(results: Results, pictures: dict[str, report.Picture], rows: tuple[plot.Attribution, ...]) -> report.Report:
     intro = (
         "A positive score says that weight on the training image raises the query's margin. Helpful images look like "
         "the query and bear its label; harmful ones often look like it and bear another."
@@ -279,7 +277,7 @@ def _report(
         headlines=_headlines(results),
         figures=_key_figures(results),
         sections=(
-            report.Section("What helped and what harmed", (intro, report.Gallery(gallery))),
+            report.Section("What helped and what harmed", (intro, report.Gallery(rows))),
             report.Section(
                 "Are the attributions true?", (pictures["lds_by_checkpoints"], pictures["predicted_actual"])
             ),
