@@ -84,6 +84,7 @@ def test_scores_are_the_closed_form_of_one_step(x64):
     np.testing.assert_allclose(scores, expected, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_scores_predict_paired_retraining(data):
     members = group()
     output, run, inputs, queries = case(members, data)

@@ -78,6 +78,7 @@ def test_the_path_is_that_of_scikit_learn(problem, x64, small_sets, l1_ratio):
     np.testing.assert_allclose(info.lambdas[-1] / info.lambdas[0], 0.03)
 
 
+@pytest.mark.slow
 def test_single_precision_reaches_the_same(problem, one_set):
     """float32 throughout: a gap below 1e-6, and so coefficients to about its root times the outputs."""
     masks, outputs = problem
@@ -161,6 +162,7 @@ def test_columns_that_depend_on_one_another_do_not_stop_it(x64, one_set):
     np.testing.assert_allclose(sums, single.coefficients[:, 0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_neither_chunks_nor_devices_matter(problem, monkeypatch, one_set):
     masks, outputs = problem
     held_out = surrogate.hold_out(jax.random.key(3), 90, fraction=0.3)
@@ -177,6 +179,7 @@ def test_neither_chunks_nor_devices_matter(problem, monkeypatch, one_set):
     np.testing.assert_allclose(other.errors, info.errors, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_gram_matrix_too_large_to_keep_is_done_without(problem, x64, one_set, monkeypatch):
     masks, outputs = problem
     settings = {"path": Path(ratio=0.1, count=4), "solver": EXACT, "progress": False}

@@ -176,7 +176,11 @@ def test_a_duplicate_has_its_twins_score(problem):
     np.testing.assert_allclose(scores[:3], scores[37:], rtol=1e-5)
 
 
-@pytest.mark.parametrize("projector", [sketch.projector(16), dense.projector(16)], ids=["sketch", "dense"])
+@pytest.mark.parametrize(
+    "projector",
+    [sketch.projector(16), pytest.param(dense.projector(16), marks=pytest.mark.slow)],
+    ids=["sketch", "dense"],
+)
 def test_neither_chunks_nor_devices_matter(problem, projector):
     reference = trak.scores(*featurized(problem, projector, chunk=64), relative_damping=0.1)
     scale = np.abs(reference).max()

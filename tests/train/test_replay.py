@@ -297,6 +297,7 @@ def test_every_way_to_replay_gives_the_same(x64, tmp_path, settings):
     np.testing.assert_allclose(other.norms[[0, -1]], whole.norms[[0, -1]], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_random_generators_in_the_state_are_replayed(x64, tmp_path):
     case = problem("dropout")
     whole = replayed(case)
