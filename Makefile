@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 AOT := .venv-aot
-BENCHES := trak projection kernel_inverse surrogate factored influence
+BENCHES := trak projection kernel_inverse surrogate factored influence unlearning
 export JAX_PLATFORMS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -37,11 +37,11 @@ demo: $(VENV)/.base
 
 test: $(VENV)/.dev $(AOT)/.ready
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu"
-	$(AOT)/bin/python -m pytest tests/compile -m "not slow and not gpu"
+	$(AOT)/bin/python -m pytest -n auto --dist worksteal tests/compile -m "not slow and not gpu"
 
 test-all: $(VENV)/.dev $(AOT)/.ready
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu"
-	$(AOT)/bin/python -m pytest tests/compile -m "not gpu"
+	$(AOT)/bin/python -m pytest -n auto --dist worksteal tests/compile -m "not gpu"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
