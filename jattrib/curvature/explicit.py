@@ -1,4 +1,8 @@
-"""The curvature as a matrix, and its damped inverse: for few parameters, and what the others are held against."""
+"""The curvature as a matrix, and its damped inverse: for few parameters, and what the others are held against.
+
+It is the inverse of the curvature of all examples.  A sum of the inverses of batches, which `dattri` 0.3 calls explicit
+influence, is another thing: a cosine of .93 to this for batches of 50 in `bench/results/fidelity_dattri.jsonl`.
+"""
 
 import jax
 import jax.numpy as jnp
