@@ -12,7 +12,10 @@ the given basis.  On a mesh on which parameters are split, factors are split ove
 Three steps, two passes over the data: `fit`, which is `covariances`, `bases` (eigenvectors, in float64 on the host) and
 `eigenvalues`; then `inverse`.
 
-Source: Martens and Grosse 2015 (K-FAC); George et al. 2018 (EK-FAC); Grosse et al. 2023 (for influence).
+Source: Martens and Grosse 2015 (K-FAC); George et al. 2018 (EK-FAC); Grosse et al. 2023 (for influence).  With the same
+settings scores are those of `kronfluence` 1.0 (`bench/results/influence.jsonl`).  They are not those of `dattri` 0.3,
+which applies the transposes of the eigenvectors and cuts rows anew where a layer has a bias: its directions have a
+cosine of about one half to the formula's (`bench/results/fidelity_dattri.jsonl`).
 """
 
 from functools import partial

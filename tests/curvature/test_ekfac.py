@@ -52,6 +52,24 @@ def test_one_layer_of_independent_factors_has_the_explicit_inverse(corrected):
     np.testing.assert_allclose(found, np.linalg.solve(fisher + 0.3 * np.eye(8), flat(vectors).T).T, rtol=1e-8)
 
 
+def test_sides_that_are_too_wide_keep_their_own_basis(monkeypatch):
+    monkeypatch.setattr(ekfac, "WIDEST", 4)
+    rng = np.random.default_rng(8)
+    inputs, slopes = rng.normal(size=(19, 6)), rng.normal(size=(19, 3))  # of no other test, which would be compiled
+    params, gradients = linear_problem(inputs, slopes)
+    factors = ekfac.fit(ekfac.empirical_fisher(linear), params, InMemory((inputs, slopes)), chunk=8, progress=False)
+    wide, narrow = factors.bases.inputs["kernel"], factors.bases.outputs["kernel"]
+    assert wide.vectors is None
+    np.testing.assert_allclose(wide.values[0], [*np.square(inputs).mean(0), 1], rtol=1e-12)
+    right = np.asarray(narrow.vectors[0])
+    rows = np.concatenate([inputs, np.ones((19, 1))], axis=1)[:, :, None] * slopes[:, None, :]
+    values = np.square(rows @ right).mean(0)
+    np.testing.assert_allclose(factors.eigenvalues["kernel"][0], values, rtol=1e-9)
+    vectors = jax.vmap(tree.ravel(params)[1])(jnp.asarray(gradients[:2]))
+    solved, _ = taps.matrices(factors.layers, ekfac.inverse(factors, damping=0.2)(vectors))
+    np.testing.assert_allclose(solved["kernel"][:, 0], (rows[:2] @ right) / (values + 0.2) @ right.T, rtol=1e-9)
+
+
 def true_loss():
     return ekfac.true_fisher(problems.logits, problems.label_loss, draw_label, key=jax.random.key(0))
 
