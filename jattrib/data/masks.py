@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Integer, Num, UInt32
+from jaxtyping import Array, Bool, Integer, UInt32
 
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Key
@@ -56,56 +56,6 @@ def _lowest(words: UInt32[np.ndarray, "m n"], size: int) -> Bool[np.ndarray, "m 
     n = words.shape[1]
     unique = (words.astype(np.uint64) << np.uint64(32)) | np.arange(n, dtype=np.uint64)
     return unique <= np.partition(unique, size - 1, axis=1)[:, size - 1 : size]
-
-
-def neighbourhoods(
-    key: Key,
-    inputs: Num[np.ndarray, "n ..."],
-    labels: Integer[np.ndarray, " n"],
-    *,
-    alpha: float,
-    count: int,
-    size: int = 100,
-) -> Bool[np.ndarray, "count n"]:
-    """Draw subsets of exactly `round(alpha * n)` examples that take or leave what is alike together.
-
-    For each row, random examples attract those of their class that are nearest to them, about `size` on average; each
-    such neighbourhood has a level of -1, 0 or 1, and the examples of the lowest `u_i - level` are taken, u uniform on
-    (0, 2): nearly all of some neighbourhoods, nearly none of others, half of the rest.  Of examples that are alike, a
-    row then holds anything between none and all, where `subsets` hold nearly half: their effect as a group shows.
-
-    Args:
-        key: fixes the rows.
-        inputs: of the examples, compared by their Euclidean distance.
-        labels: their classes.
-        alpha: the part of the examples in a subset.
-        count: rows.
-        size: examples in a neighbourhood, on average.
-
-    Raises:
-        InvalidInputError: a subset would be empty or everything, or `size` is not between 1 and n.
-    """
-    n = len(labels)
-    taken = round(alpha * n)
-    if not 0 < taken < n or not 1 <= size <= n:
-        raise InvalidInputError(
-            f"subsets of {taken} of {n} examples, in neighbourhoods of {size}",
-            expected="subsets that leave something out and something in, and neighbourhoods of 1 to n examples",
-            remedy="choose alpha between 0 and 1, such as .5, and a smaller size",
-        )
-    flat = np.asarray(inputs, np.float32).reshape(n, -1)
-    squares = np.square(flat).sum(axis=1)
-    rows = np.empty((count, n), bool)
-    for row in range(count):
-        chosen, levels, draws = jax.random.split(jax.random.fold_in(key, row), 3)
-        centres = np.asarray(jax.random.permutation(chosen, n))[: -(-n // size)]
-        distances = squares[:, None] - 2 * flat @ flat[centres].T + squares[None, centres]
-        distances += np.where(labels[:, None] == labels[None, centres], 0, 4 * squares.max() + 1)  # never another class
-        level = np.asarray(jax.random.randint(levels, centres.shape, -1, 2))
-        value = 2 * np.asarray(jax.random.uniform(draws, (n,))) - level[distances.argmin(axis=1)]
-        rows[row] = False
-        rows[row, np.argsort(value, kind="stable")[:taken]] = True
-    return rows
 
 
 def leave_out(

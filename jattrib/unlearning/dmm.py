@@ -6,7 +6,7 @@ what leaving the forget set F out does, to first order, from scores τ of any at
 Source: Georgiev et al. 2024, "Attribute-to-Delete: Machine Unlearning via Datamodel Matching", algorithm 1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,9 +29,6 @@ FORGET_REPEATS = 5
 
 RETAIN_RATIO = 20
 """Retained examples in the fine-tuning set, for each example to forget."""
-
-SPREAD = 0.1
-"""How much the part of the forget set has to vary over subset models for its effect as a group to be seen."""
 
 Shift = Float[np.ndarray, "q c"]
 """By example and class, by how much retraining without F is predicted to change the logits."""
@@ -282,48 +279,6 @@ def shift_of_masks(
     return shift.reshape(outputs.shape[1:])
 
 
-def shift_of_groups(
-    masks: Bool[np.ndarray, "m n"],
-    outputs: Float[np.ndarray, "m q c"],
-    forget: Int[np.ndarray, " f"],
-    *,
-    around: Sequence[Int[np.ndarray, " _"]] = (),
-    degree: int = 2,
-) -> Shift:
-    """Return the shift from subset models that hold different parts of F: a regression on the part, not on examples.
-
-    With u the part of F in a subset, and v_j the parts of other groups, whose presence goes along with F's,
-    `f(x) = b(x) + Σ_k a_k(x) u^k + Σ_j c_j(x) v_j` by least squares; the shift is `−Σ_k a_k(x)`, from u = 1 to u = 0.
-    Effects of examples that are alike add up to more than their sum, which no sum of τ_i knows: here they are measured
-    together.  It needs subsets in which u varies widely (`data.masks.neighbourhoods`).
-
-    Args:
-        masks: the subset of each model.
-        outputs: its logits.
-        forget: the examples to forget.
-        around: other groups: what is like F and is retained, nearest first.
-        degree: of the polynomial in u.
-
-    Raises:
-        InvalidInputError: the part of F does not vary enough over subsets, or there are too few of them.
-
-    Source: ours; of degree 1 without other groups it is the difference of means for F as a whole.
-    """
-    part = masks[:, forget].mean(axis=1)
-    columns = [np.ones(len(masks)), *(part**power for power in range(1, degree + 1))]
-    columns += [masks[:, group].mean(axis=1) for group in around]
-    design = np.stack(columns, axis=1)
-    if len(masks) <= len(columns) or part.std() < SPREAD or np.linalg.matrix_rank(design) < len(columns):
-        raise InvalidInputError(
-            f"{len(masks)} subsets, in which the part of the forget set has a standard deviation of {part.std():.3f}",
-            expected=f"more than {len(columns)} subsets, and a part that varies by {SPREAD} or more",
-            remedy="draw subsets with data.masks.neighbourhoods, or sum effects of examples: shift_of_masks",
-        )
-    flat = np.asarray(outputs, np.float64).reshape(len(masks), -1)
-    found = np.linalg.lstsq(design, flat, rcond=None)[0]
-    return -found[1 : degree + 1].sum(axis=0).reshape(outputs.shape[1:])
-
-
 def shift_of_influence(
     problem: Problem,
     params: Params,
@@ -348,9 +303,12 @@ def shift_of_influence(
     forget = jax.tree.map(lambda leaf: jnp.asarray(leaf)[problem.forget], problem.data)
     gradient = _summed_gradient(problem.apply, params, state, forget)
     direction = tree.scale(1 / len(problem.data[1]), precondition(gradient))
-    return np.asarray(
-        _directional(problem.apply, params, state, jax.tree.map(jnp.asarray, inputs), direction), np.float64
-    )
+    return shift_along(problem.apply, params, state, inputs, direction)
+
+
+def shift_along(apply: Apply, params: Params, state: Any, inputs: Batch, direction: Params) -> Shift:
+    """Return the derivative of all logits along a direction of the parameters, `J(x) d`: one JVP."""
+    return np.asarray(_directional(apply, params, state, jax.tree.map(jnp.asarray, inputs), direction), np.float64)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -374,10 +332,14 @@ def shift_of_training(
     initial: tuple[Params, Any],
     order: loop.Schedule,
     inputs: Batch,
+    *,
+    weight: float | int = 1.0,
 ) -> Shift:
-    """Return the shift by the derivative of training itself, `−Σ_{i∈F} ∂f(x; θ_T(w)) / ∂w_i` at w = 1: one JVP.
+    """Return the shift by the derivative of training itself, `−Σ_{i∈F} ∂f(x; θ_T(w)) / ∂w_i`: one JVP.
 
-    It is MAGIC's group derivative, forward: about two trainings, whatever the number of outputs.
+    It is MAGIC's group derivative, forward: about two trainings, whatever the number of outputs.  At weights of one it
+    is the first-order effect; at half the weight on F, in the middle of the way to removal, it is right to second order
+    (the midpoint rule), and knows that what is alike stands in for one another.
 
     Args:
         problem: what is to be forgotten.
@@ -386,8 +348,9 @@ def shift_of_training(
         initial: parameters and model state that it starts from.
         order: its schedule, over all n examples.
         inputs: of the examples whose logits are predicted.
+        weight: of the examples of F, where the derivative is taken; all others weigh 1.
 
-    Source: Ilyas and Engstrom 2025, section 3, whose derivative is in reverse.
+    Source: Ilyas and Engstrom 2025, section 3, whose derivative is in reverse; the midpoint is ours.
     """
     n = len(problem.data[1])
     data = jax.tree.map(jnp.asarray, problem.data)
@@ -398,6 +361,5 @@ def shift_of_training(
         return problem.apply(trained.params, trained.state, inputs, train=False)[0]
 
     inputs = jax.tree.map(jnp.asarray, inputs)
-    return np.asarray(
-        jax.jit(lambda w, v: jax.jvp(outputs, (w,), (v,))[1])(jnp.ones(n, jnp.float32), removed), np.float64
-    )
+    weights = jnp.ones(n, jnp.float32).at[problem.forget].set(weight)
+    return np.asarray(jax.jit(lambda w, v: jax.jvp(outputs, (w,), (v,))[1])(weights, removed), np.float64)

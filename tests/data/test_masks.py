@@ -91,24 +91,3 @@ def test_check_names_the_first_unsound_mask():
         masks.check(np.array([[True, False], [False, False]]))
     with pytest.raises(InvalidInputError, match="mask 0 of 2 is all ones: it keeps all 2 examples"):
         masks.check(np.array([[True, True], [False, False]]))
-
-
-def test_neighbourhoods_take_or_leave_together_what_is_alike(key):
-    """Twenty clusters far apart: some are wholly in, some wholly out, and no class follows another's."""
-    random = np.random.default_rng(0)
-    cluster = np.repeat(np.arange(20), 20)
-    inputs = 100 * random.standard_normal((20, 3))[cluster] + 0.1 * random.standard_normal((400, 3))
-    labels = cluster % 2
-    drawn = masks.neighbourhoods(key, inputs, labels, alpha=0.5, count=60, size=20)
-    np.testing.assert_array_equal(drawn.sum(1), 200)
-    parts = drawn.reshape(60, 20, 20).mean(axis=2)
-    assert 0.25 < parts.std(axis=0).mean() < 0.45
-    assert (parts < 0.1).mean() > 0.1
-    assert (parts > 0.9).mean() > 0.1
-    even = masks.subsets(key, 400, alpha=0.5, count=60).reshape(60, 20, 20).mean(axis=2)
-    assert even.std(axis=0).mean() < 0.15
-    np.testing.assert_array_equal(
-        masks.neighbourhoods(key, inputs, labels, alpha=0.5, count=2, size=20), drawn[:2]
-    )  # more rows keep the earlier ones
-    with pytest.raises(InvalidInputError, match=r"subsets of 200 of 400 examples, in neighbourhoods of 401"):
-        masks.neighbourhoods(key, inputs, labels, alpha=0.5, count=1, size=401)

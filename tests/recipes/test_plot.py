@@ -44,6 +44,10 @@ def figures():
         "scatter": plot.scatter_predicted_actual(rng.normal(size=9), rng.normal(size=9), labels=LABELS, note="note"),
         "points": scattered()[-1],
         "histogram": plot.histogram(rng.normal(size=50), labels=LABELS, marks={"mean": 0.0}),
+        "overlaid": plot.overlaid_histograms(
+            [("one", {"before": rng.normal(size=9), "after": rng.normal(size=9)}), ("two", {"before": X, "after": X})],
+            labels=LABELS,
+        ),
         "bars": plot.bar_with_interval(["a", "b"], np.ones(2), np.zeros(2), 2 * np.ones(2), labels=LABELS),
         "strip": plot.image_strip([thumbnail(0, "a")], title="Strip"),
         "grid": plot.attribution_grid([row], title="Grid"),
@@ -67,6 +71,25 @@ def test_points_bear_their_names_apart_from_one_another_and_inside():
         assert axes.bbox.x0 <= box.x0
         assert box.x1 <= axes.bbox.x1
         assert not any(box.shrunk(0.9, 0.7).overlaps(other.shrunk(0.9, 0.7)) for other in boxes[:number])
+
+
+def test_histograms_lie_over_one_another_on_common_bins():
+    before, after = np.array([0.0, 0.1, 1.0]), np.array([0.9, 2.0])
+    figure = plot.overlaid_histograms(
+        [("one", {"before": before, "after": after}), ("two", {"before": after, "after": after})], labels=LABELS, bins=4
+    )
+    one, two = figure.axes
+    assert (one.get_title(), two.get_title()) == ("one", "two")
+    counts = [np.unique(polygon.get_xy()[:, 1]).tolist() for polygon in one.patches]
+    assert counts == [[0, 1, 2], [0, 1, 2], [0, 1], [0, 1]]
+    assert all(polygon.get_xy()[:, 0].min() == 0 and polygon.get_xy()[:, 0].max() == 2 for polygon in one.patches)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["before", "after"]
+
+
+def test_points_may_lie_on_an_even_scale():
+    figure = plot.named_points(X, X, X, X, names=list("abcd"), labels=LABELS, log_x=False)
+    assert figure.axes[0].get_xscale() == "linear"
 
 
 def test_lines_carry_their_data_bands_and_references():

@@ -104,28 +104,6 @@ def test_subset_models_give_denoised_differences():
         dmm.shift_of_masks(masks, outputs, forget)
 
 
-def test_group_effects_that_are_more_than_their_sum_are_found():
-    """Outputs that fall with the square of what is missing of F, and with a group that goes along with it."""
-    random = np.random.default_rng(0)
-    forget, near = np.arange(10), np.arange(10, 20)
-    part = random.random(150)
-    masks = random.random((150, 30)) < np.where(np.arange(30) < 20, part[:, None], 0.5)
-    u, v = masks[:, forget].mean(1), masks[:, near].mean(1)
-    signal = 3 * u - 5 * (1 - u) ** 2 + 2 * v
-    outputs = (signal + 0.01 * random.standard_normal(150))[:, None, None] * np.array([[1.0, -1.0]])
-    found = dmm.shift_of_groups(masks, outputs, forget, around=[near])
-    np.testing.assert_allclose(found, [[-8, 8]], atol=0.1)
-    alone = dmm.shift_of_groups(masks, outputs, forget)
-    assert abs(alone[0, 0] + 8) > 0.5  # what goes along is taken for F's own
-    summed = dmm.shift_of_masks(masks[:, :20], outputs, forget)
-    assert abs(summed[0, 0] + 8) > 2
-    even = np.arange(30) % 2 == 0
-    with pytest.raises(InvalidInputError, match=r"standard deviation of 0\.000\n.*varies by 0\.1 or more"):
-        dmm.shift_of_groups(np.tile(even, (150, 1)), outputs, forget)
-    with pytest.raises(InvalidInputError, match=r"3 subsets.*\n.*more than 3 subsets"):
-        dmm.shift_of_groups(masks[:3], outputs[:3], forget)
-
-
 def test_influence_predicts_the_shift_of_softmax_regression(trained):
     problem, models, _ = trained
     x, labels = problem.data
@@ -167,3 +145,7 @@ def test_the_derivative_of_training_predicts_small_removals(task):
         return np.asarray(linear(ended.params, (), jnp.asarray(data[0][:7]))[0])
 
     np.testing.assert_allclose(found, (outputs(1 - 1e-5) - outputs(1 + 1e-5)) / 2e-5, rtol=1e-5, atol=1e-7)
+    middle = dmm.shift_of_training(problem, loss, rule, initial, order, data[0][:7], weight=0.5)
+    np.testing.assert_allclose(middle, (outputs(0.5 - 1e-5) - outputs(0.5 + 1e-5)) / 2e-5, rtol=1e-5, atol=1e-7)
+    removal = outputs(0.0) - outputs(1.0)
+    assert np.linalg.norm(middle - removal) < 0.3 * np.linalg.norm(found - removal)
