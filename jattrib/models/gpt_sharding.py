@@ -1,5 +1,6 @@
 """How a decoder's parameters lie on a mesh: fully sharded over one axis, tensor-parallel over another."""
 
+import math
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,8 +16,9 @@ Axis = str | tuple[str, ...] | None
 """An axis of a mesh, several taken as one, or none."""
 
 _MODEL, _DATA = "model", "data"
+_TOKENS = "embedding/tokens"
 _RULES: dict[str, tuple[str | None, ...]] = {
-    "embedding/tokens": (_MODEL, _DATA),
+    _TOKENS: (_MODEL, _DATA),
     "embedding/positions": (None, _DATA),
     "head/kernel": (_DATA, _MODEL),
     "layers/attention/out/kernel": (None, _MODEL, _DATA),
@@ -37,7 +39,9 @@ def partition(params: Params, mesh: Mesh, *, data: Axis = "data", model: Axis = 
     Heads and the feed-forward layers' insides are split over `model`, and so are tokens, in embedding and logits: each
     device multiplies its own part, and the residual stream is summed once after attention and once after the feed-
     forward layer.  The other dimension of each matrix is split over `data` and is gathered when its layer's turn
-    comes.  Norms are everywhere.  A dimension that an axis does not divide is not split.
+    comes.  The tokens of the embedding are split over both, if these divide them, and its width is whole: if that were
+    split over `data`, devices would compute logits of all examples.  Norms are everywhere.  A dimension that an axis
+    does not divide is not split.
 
     Examples are to be spread over `data` too.  More devices on `model` than there are heads of keys and values still
     give the right result, but split heads, which have to be put together again.
@@ -71,6 +75,9 @@ def partition(params: Params, mesh: Mesh, *, data: Axis = "data", model: Axis = 
                 expected="a parameter of gpt.decoder",
                 remedy="write partitions of your own for it",
             )
+        both = axes[_MODEL] + axes[_DATA]
+        if path == _TOKENS and both and leaf.shape[0] % math.prod(mesh.shape[name] for name in both) == 0:
+            return PartitionSpec(both if len(both) > 1 else next(iter(both)), None)
         split = []
         for size, role in zip(leaf.shape, rule, strict=False):
             names = axes[role] if role is not None else ()

@@ -80,7 +80,7 @@ class Method(configs.Room, frozen=True):
     mislabelled: configs.Fraction = 0.02
     retained: configs.Count = 1000
     tuned_models: configs.Count = 10
-    compute: configs.Fraction = 0.2
+    compute: configs.Fraction = 0.1
     mean_models: configs.Count = 5
     paired_models: configs.Count = 2
     thresholds: Annotated[tuple[configs.NonNegative, ...], Meta(min_length=1)] = (2.0, 3.0, 3.5, 4.0, 5.0, 6.0)

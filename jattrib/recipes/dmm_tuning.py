@@ -15,6 +15,7 @@ from jattrib.core import params, tree
 from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.progress import track
 from jattrib.metrics import klom
+from jattrib.recipes import config as configs
 from jattrib.recipes import rundir
 from jattrib.recipes.dmm_attributions import Attribution, Candidates, Context, attributions
 from jattrib.recipes.dmm_methods import Unlearner, baseline_unlearners, matching, retraining
@@ -145,7 +146,7 @@ def _predict_all(context: Context, name: str, points: _Points, folder: Path) -> 
 def _predict(context: Context, name: str, points: _Points, attribution: Attribution, folder: Path) -> Predicted:
     """Return what an attribution predicts, or what an interrupted run left."""
     like = {"shift": np.zeros(context.trainings.full.shape[1:], np.float32), "choice": np.zeros(3)}
-    identity = _identity(context, name)
+    identity = _identity(context, name, "compute")
     if not params.exists(folder):
         chosen = choose(context, name, points, attribution.candidates(context, name))
         values = {"shift": chosen.shift.astype(np.float32), "choice": np.array([chosen.choice, *chosen.multipliers])}
@@ -210,7 +211,7 @@ def _unlearn_all(
             found[key] = _unlearn(context, name, points, method, folder / key, total)
             advance(1)
     for key, each in predicted.items():
-        own = {"prepared": known[key].prepared}
+        own: dict[str, Any] = {"prepared": known[key].prepared}
         corrected = dmm.direct(trainings.full[:, points.places], each.shift[points.places])
         title = f"DM-direct, {known[key].title}"
         found[f"direct_{key}"] = Unlearned(title, margins(corrected, labels), known[key].own, **own)
@@ -234,7 +235,7 @@ def _unlearn(context: Context, name: str, points: _Points, method: Unlearner, fo
 
 
 def _tune(context: Context, name: str, points: _Points, method: Unlearner) -> dict[str, np.ndarray]:
-    setup, trainings, values = context.setup, context.trainings, []
+    setup, trainings, values, trials = context.setup, context.trainings, [], list(method.trials)
     problem, labels = setup.problems[name], setup.labels[points.places]
     oracles = margins(trainings.retrained[name].tuning[:, points.places], labels)
     inputs = setup.inputs[points.places]
@@ -248,9 +249,9 @@ def _tune(context: Context, name: str, points: _Points, method: Unlearner) -> di
             )
         return found
 
-    if len(method.trials) > 1:
+    if len(trials) > 1:
         some = first(trainings.models, context.config.method.tuned_models)
-        for trial in method.trials:
+        for trial in trials:
             try:
                 values.append(score(margins_after(some, trial), oracles, points.parts))
             except DivergedError:  # a setting that is too bold: no worse can be scored
@@ -259,7 +260,7 @@ def _tune(context: Context, name: str, points: _Points, method: Unlearner) -> di
         values = [0.0]
     for best in np.argsort(values, kind="stable").tolist():
         try:
-            after = margins_after(trainings.models, method.trials[best])
+            after = margins_after(trainings.models, trials[best])
         except DivergedError:  # of a model that no trial saw: the next best setting
             continue
         return {"margins": after, "trial": np.asarray(best), "values": np.asarray(values)}
@@ -276,7 +277,10 @@ def _rewind(context: Context, name: str) -> float:
     return float(wrong[~trainings.masks[:, forget]].mean())
 
 
-def _identity(context: Context, name: str) -> dict[str, Any]:
+def _identity(context: Context, name: str, *others: str) -> dict[str, Any]:
+    """Return what a result depends on: the method's room but for which others there are, and what is named here."""
     setup = context.setup
+    room = configs.plain(context.config.method)
+    used = {key: value for key, value in room.items() if key not in ("baselines", "attributions", *others)}
     return {**setup.task.identity, "forget": tree.digest(setup.problems[name].forget), "seed": context.config.seed,
-            "method": repr(context.config.method)}  # fmt: skip
+            "method": used}  # fmt: skip

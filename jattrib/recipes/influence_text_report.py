@@ -5,11 +5,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jattrib.metrics import lds
-from jattrib.recipes import build, magic_text_report, plot, report, rundir
+from jattrib.metrics.bootstrap import Interval
+from jattrib.recipes import build, comparison_report, magic_text_report, plot, report, rundir
 from jattrib.recipes.comparison_report import Drawn
-from jattrib.recipes.experiment import LeftOut, Task, Truth
-from jattrib.recipes.influence_text_stages import Config, Measured, References, Setting, Tokens
+from jattrib.recipes.experiment import FixedTruth, LeftOut, Task
+from jattrib.recipes.influence_text_stages import Config, Measured, Setting, Tokens
 
 
 class Results(NamedTuple):
@@ -20,8 +20,8 @@ class Results(NamedTuple):
     setting: Setting
     measured: tuple[Measured, ...]
     tokens: Tokens
-    truth: Truth
-    references: References
+    truth: FixedTruth
+    chance: Interval
     left_out: LeftOut
 
 
@@ -40,13 +40,11 @@ def write(directory: rundir.RunDir, results: Results) -> None:
 
 
 def _figures(results: Results) -> dict[str, float | int | str]:
-    effect, evaluation = results.left_out.effect, results.config.evaluation
-    figures: dict[str, float | int | str] = {
-        "lds_expected_ceiling": results.references.ceiling.value,
-        "lds_expected_chance_high": results.references.chance.high,
-    }
+    effect, method = results.left_out.effect, results.config.method
+    protocol = f"lds_fixed_{comparison_report.percent(method.fraction)}"
+    figures: dict[str, float | int | str] = {f"{protocol}_chance_high": results.chance.high}
     for each in results.measured:
-        name = f"lds_expected_{each.name}"
+        name = f"{protocol}_{each.name}"
         figures |= {name: each.found.mean, f"{name}_low": each.found.low, f"{name}_high": each.found.high}
         if each.damping is not None:
             figures[f"damping_{each.name}"] = each.damping
@@ -61,9 +59,7 @@ def _figures(results: Results) -> dict[str, float | int | str]:
         "query_loss_nats_per_token": -float(results.setting.values.mean()),
         "queries": len(results.task.queries.labels),
         "sequences": len(results.task.train.labels),
-        "models_trained": (evaluation.subsets + evaluation.held_out_subsets) * evaluation.seeds
-        + 2 * results.left_out.queries
-        + 2,
+        "models_trained": method.subsets + method.held_out_subsets + 2 * results.left_out.queries + 4,
         "strategy": results.task.members.strategy,
     }
 
@@ -79,34 +75,38 @@ def _lds_picture(results: Results) -> Drawn:
         np.array([getattr(each.found, end) for each in results.measured]) for end in ("mean", "low", "high")
     )
     titles = [each.title for each in results.measured]
-    figure = plot.bar_with_interval(
-        titles, values, low, high, labels=plot.Labels(f"LDS (noise allows {results.references.ceiling.value:.2f})", "")
-    )
+    part = _left_out(results)
+    figure = plot.bar_with_interval(titles, values, low, high, labels=plot.Labels(f"LDS, one run without {part}", ""))
     points = ", ".join(f"{title} {value:.2f}" for title, value in zip(titles, values, strict=True))
     return (
         figure,
         f"Linear datamodeling score of each method: {points}.",
-        "How well summed scores rank what decoders retrained on random halves of the passages say of other passages. "
-        "Bars are 95% intervals over queries and models; on average nothing can score above the noise ceiling.",
+        f"How well summed scores rank what the very same run without a random {part} of the passages says of others: 1 "
+        "is perfect. Bars are 95% intervals over queries and models.",
     )
+
+
+def _left_out(results: Results) -> str:
+    return f"{results.config.method.fraction:.1%}".replace(".0%", "%")
 
 
 def _prediction_picture(results: Results) -> Drawn:
     """The query whose own correlation is the median."""
     first, truth = results.measured[0], results.truth
     query = int(np.argsort(first.found.per_query)[len(first.found.per_query) // 2])
-    predicted, actual = lds.predict(first.scores, truth.masks)[:, query], truth.outputs.mean(axis=1)[:, query]
+    predicted, actual = truth.whole[query] - (~truth.masks) @ first.scores[:, query], truth.outputs[:, query]
     rho = first.found.per_query[query]
     figure = plot.scatter_predicted_actual(
         predicted, actual, note=f"Spearman's ρ = {rho:.2f}",
-        labels=plot.Labels("sum of the subset's scores (nats a character)", "log-likelihood after retraining"),
+        labels=plot.Labels("predicted log-likelihood (nats a character)", "that of the run without them"),
     )  # fmt: skip
     return (
         figure,
-        f"Log-likelihood of one passage after retraining on {len(actual)} random subsets against the sum of the "
-        f"subset's scores: rank correlation {rho:.2f}.",
-        f"Each dot is a random half of the passages: across, what {first.title} predicts for one query (the median by "
-        "correlation); up, what retrained decoders say of it, in nats a character.",
+        f"Log-likelihood of one passage after {len(actual)} runs without random passages against the prediction: rank "
+        f"correlation {rho:.2f}.",
+        f"Each dot is the same run without another random {_left_out(results)} of the training passages: across, what "
+        f"{first.title} predicts for one query (the median by correlation); up, what came out. Nothing is fitted but "
+        "the dashed line.",
     )
 
 
@@ -165,16 +165,21 @@ def _lead(results: Results) -> str:
         else "does not lower its log-likelihood measurably more than leaving out random ones"
     )
     return (
-        f"From one trained decoder, {first.title} predicts what retraining on random halves does with an LDS of "
-        f"{first.found.mean:.2f} ({first.found.low:.2f} to {first.found.high:.2f}), where noise allows "
-        f"{results.references.ceiling.value:.2f}{other}. Leaving out the {results.left_out.images} passages that it "
-        f"calls most helpful for a query {causal}."
+        f"From the trained decoder alone, {first.title} predicts what this run does without a random "
+        f"{_left_out(results)} of its passages with an LDS of {first.found.mean:.2f} ({first.found.low:.2f} to "
+        f"{first.found.high:.2f}){other}. Leaving out the {results.left_out.images} passages that it calls most "
+        f"helpful for a query {causal}."
     )
+
+
+def _of(results: Results, name: str) -> tuple[float, float, float]:
+    found = next(each.found for each in results.measured if each.name == name)
+    return found.mean, found.low, found.high
 
 
 def _report(results: Results, pictures: dict[str, report.Picture]) -> report.Report:
     config, task, figure = results.config, results.task, report.KeyFigure
-    first, evaluation, effect = results.measured[0], config.evaluation, results.left_out.effect
+    first, effect = results.measured[0], results.left_out.effect
     difference = (1e3 * effect.difference.value, 1e3 * effect.difference.low, 1e3 * effect.difference.high)
     dampings = ", ".join(f"{each.title} {each.damping:g}" for each in results.measured if each.damping is not None)
     return report.Report(
@@ -182,13 +187,13 @@ def _report(results: Results, pictures: dict[str, report.Picture]) -> report.Rep
         lead=_lead(results),
         headlines=(
             figure("LDS", first.found.mean, first.found.low, first.found.high, first.title),
-            figure("Noise ceiling", results.references.ceiling.value, meaning="what perfect scores would reach"),
+            figure("Shared trigrams", *_of(results, "similarity"), meaning="their LDS"),
             figure("Likelihood lost", *difference, meaning="beyond random removal, a character", unit="mnat"),
         ),
         figures=(
-            *(figure(f"LDS, {each.title}", each.found.mean, each.found.low, each.found.high)
-              for each in results.measured[1:]),
-            figure("LDS of random scores", *results.references.chance, meaning="95% of draws lie between"),
+            *(figure(f"LDS, {each.title}", *_of(results, each.name))
+              for each in results.measured[1:] if each.name != "similarity"),
+            figure("LDS of random scores", *results.chance, meaning="95% of draws lie between"),
             figure("Fall that was foretold", 1e3 * _predicted(results), meaning="by the scores left out", unit="mnat"),
             figure("Fall", 1e3 * effect.removed.value, 1e3 * effect.removed.low, 1e3 * effect.removed.high,
                    "without the most helpful passages", "mnat"),
@@ -206,10 +211,9 @@ def _report(results: Results, pictures: dict[str, report.Picture]) -> report.Rep
             "mean log-likelihood a character. EK-FAC has every layer, embeddings included; LoGra the linear layers, "
             f"{config.method.rank} features a side, kept on disk. A character's part of a score is the derivative of "
             "its own loss along the query's direction: parts add up to the score.",
-            f"LDS: mean over {len(task.queries.labels)} queries of Spearman's ρ between summed scores and expected "
-            f"log-likelihoods over {evaluation.subsets} random subsets of {evaluation.alpha:.0%}, {evaluation.seeds} "
-            "seeds each; 95% bootstrap intervals over queries and models together. Dampings were chosen on "
-            f"{evaluation.held_out_subsets} other subsets: {dampings}, in units of the mean eigenvalue.",
-            "What is left out weighs nothing; initialisation and order stay.",
+            f"LDS of the one run: mean over {len(task.queries.labels)} queries of Spearman's ρ between summed scores "
+            f"and log-likelihoods over {config.method.subsets} random subsets; initialisation and order stay, and what "
+            "is left out weighs nothing; 95% bootstrap intervals over queries and models together. Dampings were "
+            f"chosen on {config.method.held_out_subsets} other subsets: {dampings}, in units of the mean eigenvalue.",
         ),
     )  # fmt: skip

@@ -19,13 +19,12 @@ from jattrib.core.types import Example, Key, OutputFn, Params, Projector, Source
 from jattrib.curvature import ekfac as factored_curvature
 from jattrib.grads import taps
 from jattrib.metrics import lds
-from jattrib.metrics.bootstrap import Interval
 from jattrib.models.outputs import Logits, Loss, draw_label, mean_loss, token_losses
 from jattrib.projection import factored
 from jattrib.recipes import comparison_stages, experiment, magic_text
 from jattrib.recipes import config as configs
 from jattrib.recipes.comparison_base import Candidates
-from jattrib.recipes.experiment import Task, Truth
+from jattrib.recipes.experiment import FixedTruth, Task
 from jattrib.train.loop import Trained
 
 SHOWN = 6
@@ -42,15 +41,24 @@ class Method(configs.Room, frozen=True):
         rank: features of either side of a matrix in LoGra.
         dampings: to choose from, in units of the mean eigenvalue: of each layer for EK-FAC, of the features for LoGra.
         chunk: passages differentiated at once.
+        fraction: the part of the training passages that the run is repeated without.
+        subsets: random parts of that size whose runs the LDS is measured on.
+        held_out_subsets: further ones, for the choice of the damping alone.
     """
 
-    rank: configs.Count = 16
+    rank: configs.Count = 8
     dampings: Annotated[tuple[configs.Positive, ...], Meta(min_length=1)] = (0.01, 0.1, 1.0, 10.0)
     chunk: configs.Count = 64
+    fraction: configs.Fraction = 0.01
+    subsets: configs.Count = 40
+    held_out_subsets: configs.Count = 12
 
 
 class Config(experiment.Config, frozen=True, tag_field="recipe", tag="influence_text"):
-    """Influence functions on a text; `method` is how to attribute."""
+    """Influence functions on a text; `method` is how to attribute.
+
+    Of `evaluation` the numbers of queries and what is said of counterfactuals are used.
+    """
 
     data: configs.Text
     model: configs.Gpt
@@ -83,7 +91,7 @@ class Setting(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """An attributor, held against retrained models.
+    """An attributor, held against the run without random passages.
 
     Attributes:
         name: in the summary's keys.
@@ -116,13 +124,6 @@ class Tokens(NamedTuple):
     harmful: Top
     of_helpful: Float[np.ndarray, "q k t"]
     of_harmful: Float[np.ndarray, "q k t"]
-
-
-class References(NamedTuple):
-    """Between what the LDS lies."""
-
-    ceiling: lds.Ceiling
-    chance: Interval
 
 
 def check(config: Config) -> None:
@@ -206,20 +207,16 @@ METHODS: dict[str, tuple[str, Callable[[Config, Task, Setting, Path], Attributed
 """By the name in the summary's keys; passages are shown, and left out, by the first."""
 
 
-def measure(task: Task, name: str, title: str, found: Attributed, *, held_out: Truth, truth: Truth) -> Measured:
+def measure(
+    task: Task, name: str, title: str, found: Attributed, *, held_out: FixedTruth, truth: FixedTruth
+) -> Measured:
     """Choose the damping on held-out models, and measure the choice on others."""
-    by_damping = comparison_stages.by_choice(found.scores, held_out.masks, held_out.outputs.mean(axis=1))
+    by_damping = comparison_stages.by_choice(found.scores, held_out.masks, held_out.outputs)
     best = max(by_damping, key=lambda damping: by_damping[damping])
     scores = np.asarray(found.scores[best])
-    measured = lds.lds_expected(scores, truth.masks, truth.outputs, key=task.keys["statistics"])
+    measured = lds.lds_fixed(scores, truth.masks, truth.outputs, key=task.keys["statistics"])
     directions = None if found.directions is None else found.directions[best]
     return Measured(name, title, measured, best if len(by_damping) > 1 else None, scores, directions)
-
-
-def references(task: Task, truth: Truth) -> References:
-    """Return the noise ceiling, and the LDS of random scores."""
-    chance = lds.random_baseline(truth.masks, truth.outputs.mean(axis=1), key=task.keys["statistics"])
-    return References(lds.noise_ceiling(truth.outputs), chance)
 
 
 def by_token(here: Setting, measured: Measured) -> Tokens:

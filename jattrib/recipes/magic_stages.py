@@ -21,6 +21,7 @@ from jattrib.recipes import build, experiment
 from jattrib.recipes import config as configs
 from jattrib.recipes.experiment import FixedTruth, Task, Truth
 from jattrib.train import replay
+from jattrib.train.loop import Plan
 from jattrib.train.replay import Run
 
 CALLS = 3
@@ -46,17 +47,23 @@ class Method(configs.Room, frozen=True):
 class Descent(configs.Room, frozen=True):
     """Metagradient descent on the weights of training images, some of whose labels are wrong.
 
+    Wrong labels do no harm until they are learnt by heart, and training that learns by heart is too rough for its
+    derivative to mean much.  So there are two: the recipe's own run, short and smooth, is differentiated, and a longer
+    one, which wrong labels hurt, has the weights that were found.
+
     Attributes:
         flipped: the part of the labels that is made wrong, each to a random other class.
-        validation: test images whose loss is descended on; accuracy is measured on the others.
+        validation: test images whose margins are raised; accuracy is measured on the others.
         steps: of descent.
-        rate: by which each step changes each weight, up or down.
+        rate: the root mean square of the change of the weights in a step.
+        training: the longer one.
     """
 
     flipped: configs.Fraction = 0.2
     validation: configs.Count = 500
-    steps: configs.Count = 10
-    rate: configs.Positive = 0.2
+    steps: configs.Count = 6
+    rate: configs.Positive = 0.15
+    training: configs.Training = configs.Training(epochs=60, learning_rate=0.02, schedule="constant", peak=0.05)
 
 
 class Config(experiment.Config, frozen=True, tag_field="recipe", tag="magic"):
@@ -104,10 +111,10 @@ class Descended(NamedTuple):
 
     Attributes:
         flipped: which labels are wrong.
-        weights: those with the least validation loss.
+        weights: those with the highest validation margins in the short run.
         step: of descent at which they were reached.
-        losses: on validation images, at each step.
-        accuracies: on the other test images, at each step.
+        losses: minus the mean validation margin of the short run, at each step, in nats.
+        accuracies: of the long run on the other test images, on the weights of each step.
         clean: the accuracy there when all labels are right.
         recall: how well low weights find the wrong labels.
     """
@@ -121,10 +128,10 @@ class Descended(NamedTuple):
     recall: mislabelled.Recall
 
     @property
-    def recovered(self) -> float:
-        """The part of the accuracy lost to wrong labels that descent brought back."""
-        noisy = self.accuracies[0]
-        return float((self.accuracies[self.step] - noisy) / (self.clean - noisy))
+    def recovered(self) -> float | None:
+        """The part of the accuracy lost to wrong labels that descent brought back; None where none was lost."""
+        lost = self.clean - self.accuracies[0]
+        return float((self.accuracies[self.step] - self.accuracies[0]) / lost) if lost > 0 else None
 
 
 def check(config: Config) -> None:
@@ -190,7 +197,7 @@ def measure_cost(config: experiment.Config, task: Task, folder: Path, *, count: 
 
 
 def descend(config: Config, task: Task, folder: Path) -> Descended:
-    """Flip labels, descend the validation loss on the weights, and train on the weights of each step."""
+    """Flip labels, raise validation margins by the weights of the short run, and train the long one on each step's."""
     settings, train, (_, test) = config.descent, task.train, build.load_data(config.data)
     wrong, labels = flip(task, settings.flipped)
     held, other = (
@@ -200,20 +207,24 @@ def descend(config: Config, task: Task, folder: Path) -> Descended:
     members, key = experiment.paired(config, task)
     noisy, inputs = replay.member(members, (train.inputs, labels), key[0])
     found = magic.descend(
-        partial(magic.MeanLoss, members.model.apply), noisy, inputs, held, optimizer=optax.sign_sgd(settings.rate),
+        partial(magic.MarginLoss, members.model.apply), noisy, inputs, held,
+        optimizer=optax.chain(optax.normalize_by_update_norm(), optax.scale(-settings.rate * len(labels) ** 0.5)),
         steps=settings.steps, directory=folder / "descent", identity=task.identity,
     )  # fmt: skip
+    plan = Plan(settings.training.epochs, settings.training.batch_size, len(labels))
+    members = members._replace(plan=plan, optimizer=build.optimizer(settings.training, plan.steps))
+    long, inputs = replay.member(members, (train.inputs, labels), key[0])
 
     def accuracy(run: Run, weights: Float[np.ndarray | Array, " n"]) -> float:
         trained, state = replay.train(run, inputs._replace(weights=jnp.asarray(weights)))
         logits, _ = members.model.apply(trained, state, other[0], train=False)
         return float(np.mean(np.asarray(logits).argmax(axis=1) == np.asarray(other[1])))
 
-    clean = accuracy(noisy._replace(data=(noisy.data[0], jnp.asarray(train.labels))), inputs.weights)
+    clean = accuracy(long._replace(data=(long.data[0], jnp.asarray(train.labels))), inputs.weights)
     recall = mislabelled.recall(-np.asarray(found.weights), wrong, key=task.keys["statistics"])
     return Descended(
         wrong, np.asarray(found.weights), found.step, found.values,
-        np.array([accuracy(noisy, weights) for weights in found.path]), clean, recall,
+        np.array([accuracy(long, weights) for weights in found.path]), clean, recall,
     )  # fmt: skip
 
 

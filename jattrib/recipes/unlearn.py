@@ -105,7 +105,7 @@ def unlearn(
             remedy="choose another, for example --out unlearned",
         )
     before = classifier.load(model)
-    problem = finetune.problem(before.model.apply, tuple(before.train), read_indices(forget))
+    problem = finetune.problem(before.model.apply, (before.train.inputs, before.train.labels), read_indices(forget))
     models = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], Models(before.params, before.state))
     shift = None
     if method == "dmm":

@@ -188,7 +188,12 @@ def metagradient(
 ) -> Metagradient:
     """Return `∂f(θ_T(w, h, θ_0); z_j) / ∂(w, h, θ_0)` for all queries j, exactly, from one replay of the run.
 
-    It costs three runs (two, if there is one segment) and, for each query, about a product with each step's Hessian.
+    It costs three runs (two, if there is one segment) and, for each query, a product with each step's Hessian: one to
+    two times the arithmetic of a step (one where the first layer is most of the model, whose inputs need no
+    derivative).  Sharing the replay saves the runs, latency and memory traffic, no arithmetic: where steps are bound
+    by latency, as small ones on accelerators are, tens of queries cost a few runs; where they are bound by arithmetic,
+    as on a CPU, q queries cost about q.
+
     In memory are T / `segment` + `segment` carries (log₂(T / `segment`) + `segment` with `checkpoints="recompute"`),
     and the floating-point part of one carry for each query.
 

@@ -248,6 +248,17 @@ def test_one_step_of_descent_is_one_of_gradient_descent(data):
     np.testing.assert_allclose(found.values[1], value(jnp.asarray(stepped)), rtol=1e-4)
 
 
+def test_the_margin_loss_is_minus_the_mean_log_odds(data):
+    members = group()
+    params, state = members.model.init(jax.random.key(1))
+    inputs, labels = data[1]
+    logits = np.asarray(members.model.apply(params, state, inputs)[0], np.float64)
+    chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    right = chances[np.arange(len(labels)), labels]
+    found = magic.MarginLoss(members.model.apply, state)(params, (jnp.asarray(inputs), jnp.asarray(labels)))
+    np.testing.assert_allclose(found, -np.mean(np.log(right / (1 - right))), rtol=1e-5)
+
+
 def test_a_monitor_chooses_the_step(data):
     data, _ = flipped(data)
     monitor = jax.tree.map(lambda leaf: jnp.asarray(leaf[100:]), data[1])

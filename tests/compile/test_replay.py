@@ -16,8 +16,8 @@ from tests.compile.topology import Program
 CONFIG = gpt.Config(
     "gpt2", vocabulary=256, context=512, width=768, layers=12, heads=12, dtype="bfloat16", remat=True
 )  # fmt: skip
-CASE = "gpt2-85M-bytes-64q-1024x64x512"
-EXAMPLES, STEPS, BATCH, QUERIES = 16384, 1024, 64, 64
+CASE = "gpt2-85M-bytes-64q-1024x32x512"
+EXAMPLES, STEPS, BATCH, QUERIES = 16384, 1024, 32, 64
 SETTINGS = {"segment": 2, "checkpoints": "host"}
 SHAPE = (64, 4)
 """Devices along queries and along the examples of a batch."""

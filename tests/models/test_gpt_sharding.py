@@ -48,7 +48,7 @@ def test_loss_and_gradient_do_not_move_with_sharding(name):
 
 def test_specs_by_hand():
     specs = partition(abstract(CONFIGS["gpt2"]), mesh())
-    assert specs["embedding"] == {"tokens": P("model", "data"), "positions": P(None, "data")}
+    assert specs["embedding"] == {"tokens": P(("model", "data"), None), "positions": P(None, "data")}
     attention, mlp = specs["layers"]["attention"], specs["layers"]["mlp"]
     for into in (attention["query"], attention["key"], attention["value"], mlp["up"]):
         assert into == {"kernel": P(None, "data", "model"), "bias": P(None, "model")}
@@ -63,6 +63,9 @@ def test_axes_may_be_left_out_joined_or_too_wide():
     three = mesh((2, 2, 2), ("pod", "data", "model"))
     assert partition(params, three, data=None)["head"]["kernel"] == P(None, "model")
     assert partition(params, three, data=("pod", "data"))["head"]["kernel"] == P(("pod", "data"), "model")
+    for vocabulary, wanted in ((36, P("model", "data")), (31, P(None, "data"))):  # 8 devices, 2 of them on `model`
+        uneven = partition(abstract(CONFIGS["llama"]._replace(vocabulary=vocabulary)), mesh())
+        assert uneven["embedding"]["tokens"] == wanted
     odd = abstract(CONFIGS["llama"]._replace(vocabulary=31))
     assert partition(odd, mesh())["head"]["kernel"] == P("data", None)
     with pytest.raises(InvalidInputError, match="the axis 'fsdp'\n  expected: one of the mesh's: data, model"):

@@ -122,7 +122,11 @@ def test_a_directory_of_another_config_is_refused(file, tmp_path, capsys):
         (
             ("recipe=fak",),
             2,
-            ("recipe = 'fak'", "one of trak, comparison, magic, magic_text, datamodels, fake", "did you mean fake?"),
+            (
+                "recipe = 'fak'",
+                "one of trak, comparison, magic, magic_text, datamodels, dmm, influence, influence_text, fake",
+                "did you mean fake?",
+            ),
         ),
         (("fail=store",), 1, ("got it", "another", "mend [it]")),
         (("fail=diverged",), 1, ("nan", "a number", "lower it")),

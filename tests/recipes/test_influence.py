@@ -25,7 +25,7 @@ IMAGES = [
 TEXT = [
     "data.name=file", "data.length=16", "data.train_size=60", "model.width=8", "model.layers=1", "training.epochs=4",
     "training.batch_size=20", "training.learning_rate=0.03", "method.rank=4", "method.dampings=[0.1,1]",
-    "evaluation.queries=6", "evaluation.subsets=6", "evaluation.held_out_subsets=3",
+    "method.fraction=0.1", "method.subsets=6", "method.held_out_subsets=3", "evaluation.queries=6",
     "evaluation.counterfactual_queries=3", "evaluation.counterfactual_fraction=0.1", "width=4",
 ]  # fmt: skip
 
@@ -89,11 +89,11 @@ def passages(path):
 def test_passages_are_attributed_by_character_and_left_out(tmp_path):
     summary, page = run("influence_text", tmp_path / "run", [*TEXT, f"data.path={passages(tmp_path / 'text')}"])
     for name in ("ekfac", "logra", "gradient_dot", "similarity"):
-        value = summary[f"lds_expected_{name}"]
-        assert summary[f"lds_expected_{name}_low"] < value < summary[f"lds_expected_{name}_high"]
+        value = summary[f"lds_fixed_10pct_{name}"]
+        assert summary[f"lds_fixed_10pct_{name}_low"] < value < summary[f"lds_fixed_10pct_{name}_high"]
     assert summary["damping_ekfac"] in (0.1, 1)
     assert summary["passages_left_out"] == 6
-    assert summary["models_trained"] == (6 + 3) * 2 + 2 * 3 + 2
+    assert summary["models_trained"] == 6 + 3 + 2 * 3 + 4
     assert summary["likelihood_drop_difference_millinats"] > 0
     assert summary["likelihood_drop_predicted_millinats"] > 0
     assert {path.stem for path in (tmp_path / "run").glob("*.png")} == {"counterfactual", "lds", "predicted_actual"}

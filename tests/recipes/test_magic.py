@@ -1,0 +1,76 @@
+"""The MAGIC recipe on a few real images: figures that belong together, wrong labels that are wrong, refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jattrib import recipes
+from jattrib.core.errors import InvalidInputError
+from jattrib.metrics import mislabelled
+from jattrib.recipes import experiment, magic_stages, rundir
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "attribution" / "magic_fashion_mnist.toml"
+SMALL = [
+    "data.train_size=200", "data.test_size=60", "model.widths=[8]", "training.epochs=3", "training.batch_size=50",
+    "method.fractions=[0.05]", "method.subsets=8", "method.cost_queries=4", "descent.validation=30", "descent.steps=2",
+    "descent.training.epochs=6", "descent.training.batch_size=50", "evaluation.queries=6", "evaluation.subsets=4",
+    "width=9", "strategy=map",
+]  # fmt: skip
+
+
+def load(more=()):
+    return recipes.load(CONFIG, [*SMALL, *more])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("magic") / "run"
+    recipe, config = load()
+    with rundir.opened(directory, config) as opened:
+        recipe.run(config, opened)
+        task = experiment.prepare(config, opened)
+        again = magic_stages.descend(config, task, opened.path / "resume" / "descent")
+    return directory, json.loads((directory / "summary.json").read_text()), task, again
+
+
+def test_the_whole_job_runs_and_reports(finished):
+    directory, summary, _, _ = finished
+    assert summary["lds_fixed_5pct_low"] <= summary["lds_fixed_5pct"] <= summary["lds_fixed_5pct_high"]
+    assert summary["lds_fixed_5pct"] > summary["lds_fixed_similarity_5pct"]
+    assert summary["models_trained"] == 8 + 1 + 4 * 2
+    ratio = summary["metagradient_4_queries_ms"] / summary["training_ms"]
+    assert summary["trainings_per_4_queries"] == pytest.approx(ratio)
+    names = {"lds_by_fraction", "predicted_actual", "descent_weights", "descent_accuracy"}
+    assert {path.stem for path in directory.glob("*.png")} == names
+    page = (directory / "report.html").read_text()
+    assert f"{summary['lds_fixed_5pct']:.3f}" in page
+    assert f"{summary['descend_auc']:.3f}" in page
+
+
+def test_descent_is_what_it_says(finished):
+    """Weights move by the rate, where none is cut off, and what is reported follows from the weights."""
+    _, summary, task, descent = finished
+    wrong, labels = magic_stages.flip(task, 0.2)
+    np.testing.assert_array_equal(wrong, labels != task.train.labels)
+    np.testing.assert_array_equal(wrong, descent.flipped)
+    assert wrong.sum() == 40
+    assert len(descent.accuracies) == len(descent.losses) == 3
+    assert descent.losses[descent.step] == descent.losses.min()
+    accuracies = np.array([summary[f"descend_accuracy{name}"] for name in ("_flipped", "", "_clean")])
+    np.testing.assert_allclose(accuracies, [descent.accuracies[0], descent.accuracies[descent.step], descent.clean])
+    np.testing.assert_allclose(accuracies * 30, np.round(accuracies * 30), atol=1e-4)  # of 30 images
+    lost, regained = accuracies[2] - accuracies[0], accuracies[1] - accuracies[0]
+    assert summary["descend_recovered_fraction"] * lost == pytest.approx(regained)
+    auc = mislabelled.recall(-descent.weights, wrong, key=task.keys["statistics"]).auc.value
+    assert summary["descend_auc"] == pytest.approx(auc)
+    assert auc > 0.55  # six epochs on 200 images: little, and more than chance
+
+
+@pytest.mark.parametrize(("name", "value"), [("descent.validation", 60), ("method.cost_queries", 61)])
+def test_more_than_there_are_test_images_is_refused(name, value):
+    _, config = load([f"{name}={value}"])
+    with pytest.raises(InvalidInputError, match=rf"{name} = {value}(?s:.*)with 60 test images"):
+        magic_stages.check(config)
