@@ -44,8 +44,8 @@ def test_every_type_is_big_endian_in_the_file_and_native_in_memory(tmp_path, cod
         (PLAIN + b"\0", "bytes after the last value\n  expected: exactly 6 bytes"),
         (gzip.compress(PLAIN, mtime=0)[:-9], "damaged gzip data"),
         (gzip.compress(PLAIN, mtime=0)[:-8] + b"\0" * 8, "damaged gzip data"),
-        (gzip.compress(PLAIN[:-1]), "truncated, 5 bytes"),
-        (gzip.compress(PLAIN + b"\0"), "bytes after the last value"),
+        (gzip.compress(PLAIN[:-1], mtime=0), "truncated, 5 bytes"),
+        (gzip.compress(PLAIN + b"\0", mtime=0), "bytes after the last value"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name_with_a_remedy(tmp_path, content, message):
