@@ -116,6 +116,7 @@ def split_problem():
     return params, placed, mesh
 
 
+@pytest.mark.slow
 def test_parameters_that_are_split_over_a_mesh_stay_split_and_change_nothing():
     """EK-FAC's factors, features of factors and scores; the factors are split over the mesh, too."""
     whole, placed, mesh = split_problem()
@@ -252,6 +253,7 @@ def test_kept_features_answer_later_queries_and_refuse_other_projections(problem
         features.scores(made, np.zeros((2, 5)))
 
 
+@pytest.mark.slow
 def test_identities_tell_seeds_and_families_apart():
     params = problems.params(np.float32)
     found = [

@@ -102,6 +102,7 @@ def test_scores_predict_paired_retraining(data):
     assert info.error < 0.2
 
 
+@pytest.mark.slow
 def test_metasmoothness_is_its_formula(data):
     _, run, inputs, _ = case(group(), data)
     direction = smoothness.removal(inputs.weights, 0.2, jax.random.key(1))

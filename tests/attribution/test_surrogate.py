@@ -62,7 +62,7 @@ def sklearn_path(masks, outputs, lambdas, *, l1_ratio=1.0, standardize=True, wei
     return found
 
 
-@pytest.mark.parametrize("l1_ratio", [1.0, 0.6])
+@pytest.mark.parametrize("l1_ratio", [1.0, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_the_path_is_that_of_scikit_learn(problem, x64, small_sets, l1_ratio):
     masks, outputs = problem
     path = Path(ratio=0.03, count=6, l1_ratio=l1_ratio)
@@ -107,6 +107,7 @@ def test_weights_of_rows_and_columns_as_they_are(problem, x64, one_set):
         assert found.intercepts[target] == pytest.approx(model.intercept_, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_penalty_is_that_of_least_held_out_error(noisy, x64, one_set):
     masks, outputs = noisy
     held_out = surrogate.hold_out(jax.random.key(3), 90, fraction=0.3)
@@ -129,6 +130,7 @@ def test_the_penalty_is_that_of_least_held_out_error(noisy, x64, one_set):
     assert (refitted.gap <= 1e-12).all()
 
 
+@pytest.mark.slow
 def test_patience_ends_a_target_where_its_errors_rise(noisy, one_set):
     masks, outputs = noisy
     settings = {
@@ -146,6 +148,7 @@ def test_patience_ends_a_target_where_its_errors_rise(noisy, one_set):
         assert short.chosen[target] == best[end]
 
 
+@pytest.mark.slow
 def test_columns_that_depend_on_one_another_do_not_stop_it(x64, one_set):
     """Every column twice, and a target in their span: the solution is not unique, the fit and its gap are."""
     rng = np.random.default_rng(2)

@@ -74,6 +74,7 @@ def true_loss():
     return ekfac.true_fisher(problems.logits, problems.label_loss, draw_label, key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_the_mlp_at_its_start_has_the_damped_inverse_of_its_layers_fisher_matrices(monkeypatch):
     """In random directions; EK-FAC knows nothing of how layers depend on each other, so that is left out of both."""
     params = jax.tree.map(lambda leaf: leaf / 1.4 if leaf.ndim == 2 else 0 * leaf, problems.params())

@@ -121,9 +121,8 @@ def value_and_gradient(config):
     return jax.jit(jax.value_and_grad(total))(drawn(config, np.float32))
 
 
-@pytest.mark.parametrize(
-    ("name", "change"), [("gpt2", {"scan": False}), pytest.param("llama", {"remat": True}, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("name", "change"), [("gpt2", {"scan": False}), ("llama", {"remat": True})])
+@pytest.mark.slow
 def test_scanned_layers_equal_unrolled_and_recomputed_ones(name, change):
     expected, got = value_and_gradient(CONFIGS[name]), value_and_gradient(CONFIGS[name]._replace(**change))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, expected)

@@ -72,6 +72,7 @@ def test_features_are_those_of_the_gradients_under_kronecker_products(sides, set
     np.testing.assert_allclose(applied, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_positions_sum_to_the_example(setting, x64):
     """In every layer, the tied embeddings among them, which have two products a token."""
     output, params, batch = setting

@@ -40,6 +40,7 @@ def test_streaming_equals_projecting_the_gradients(room, key):
     )
 
 
+@pytest.mark.slow
 def test_checkpoints_go_through_vmap(key):
     params, batch = setting(layers=2)
     projector = sketch.projector(128)

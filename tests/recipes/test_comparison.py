@@ -52,6 +52,7 @@ def check(summary, page, methods):
         assert f"{summary[f'lds_expected_{method.name}']:.3f}".replace("-", "\N{MINUS SIGN}") in page
 
 
+@pytest.mark.slow
 def test_methods_are_measured_in_both_protocols_with_their_cost(tmp_path, monkeypatch):
     every = comparison_methods.attributors(load(*SMALL))
     some = tuple(method for method in every if method.name in ("random", "similarity", "trak_4"))

@@ -44,6 +44,7 @@ def finished(tmp_path_factory):
         return directory, run(directory)
 
 
+@pytest.mark.slow
 def test_the_whole_job_runs_and_reports(finished):
     directory, summary = finished
     for name in METHODS:

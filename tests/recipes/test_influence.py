@@ -49,6 +49,7 @@ def check(summary, page, methods):
     assert summary["models_trained"] == 1 + (8 + 4) * 2 + 7 + 3 + 2 + 2 * 3 + 1
 
 
+@pytest.mark.slow
 def test_curvatures_are_measured_and_their_images_left_out(tmp_path, monkeypatch):
     """Two attributors whose compilation is short: similarity, and as candidates for a damping, both its signs."""
 

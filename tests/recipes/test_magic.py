@@ -36,6 +36,7 @@ def finished(tmp_path_factory):
     return directory, json.loads((directory / "summary.json").read_text()), task, again
 
 
+@pytest.mark.slow
 def test_the_whole_job_runs_and_reports(finished):
     directory, summary, _, _ = finished
     assert summary["lds_fixed_5pct_low"] <= summary["lds_fixed_5pct"] <= summary["lds_fixed_5pct_high"]
@@ -50,6 +51,7 @@ def test_the_whole_job_runs_and_reports(finished):
     assert f"{summary['descend_auc']:.3f}" in page
 
 
+@pytest.mark.slow
 def test_descent_is_what_it_says(finished):
     """Weights move by the rate, where none is cut off, and what is reported follows from the weights."""
     _, summary, task, descent = finished

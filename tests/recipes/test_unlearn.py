@@ -59,6 +59,7 @@ def test_a_classifier_comes_back_as_it_was_saved(saved):
     assert (np.asarray(logits).argmax(axis=1) == found.train.labels).mean() > 0.5
 
 
+@pytest.mark.slow
 def test_matching_goes_where_the_subset_models_say(saved, forget, tmp_path, monkeypatch):
     """A threshold of nothing and many steps: the forgotten margins reach what is predicted, most of the way."""
     monkeypatch.setattr(unlearn, "THRESHOLD", 0.0)

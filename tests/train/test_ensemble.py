@@ -191,6 +191,7 @@ def test_steps_take_no_mesh(data):
         ensemble.train(small(strategy="steps"), data, *members(4), mesh=meshes.data_mesh())
 
 
+@pytest.mark.slow
 def test_choose_measures_every_strategy(data):
     seconds = ensemble.choose(small(), data, *members(4))
     assert set(seconds) == {"vmap", "map", "threads", "steps"}

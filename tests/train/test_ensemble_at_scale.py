@@ -107,6 +107,7 @@ MODEL_BYTES = 4 * (6 * 5 + 5 + 5 * 3 + 3) + 2 * 4 + 32
 """Parameters, two losses and a digest: what a member of `small` leaves."""
 
 
+@pytest.mark.slow
 def test_the_plan_of_what_fits_is_as_wide_as_memory_allows(data):
     abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, data))
     one, two = (ensemble.fit(ensemble.whole, small(width=width), abstract, 100).memory for width in (1, 2))
