@@ -12,12 +12,6 @@ from jattrib.recipes.dmm_methods import TRIALS
 from jattrib.recipes.dmm_stages import SETS, Config, Setup
 from jattrib.recipes.dmm_tuning import Results
 
-LEAST_COMPUTE = 1e-4
-"""Where methods without compute stand on a logarithmic axis."""
-
-SHOWN = ("difference", "midpoint", "paired", "blend")
-"""Attributions whose methods are in the pictures; all are in the tables."""
-
 
 class Everything(NamedTuple):
     """What the stages found."""
@@ -116,33 +110,29 @@ def _trained(found: Everything) -> int:
     return method.models + len(SETS) * each + method.subset_models + method.trak_models
 
 
-def _shown_methods(found: Everything, name: str) -> list[str]:
-    wanted = {f"{kind}_{key}" for kind in ("dmm", "direct") for key in SHOWN} | set(baselines(found, name)) | {"short"}
-    return [key for key in found.measures[name].methods if key in wanted]
-
-
 def _compute_picture(found: Everything, name: str) -> Drawn:
     measures, unlearned = found.measures[name], found.results[name].unlearned
-    keys = _shown_methods(found, name)
-    compute = np.array([max(unlearned[key].compute, LEAST_COMPUTE) for key in keys])
+    keys = list(measures.methods)
     value, low, high = (
         np.array([getattr(measures.methods[key].klom, end) for key in keys]) for end in ("value", "low", "high")
     )
-    figure = plot.named_points(
-        compute, value, np.minimum(low, value), np.maximum(high, value),
-        names=[_short_title(unlearned[key].title) for key in keys],
+    matched, direct = (np.array([key.startswith(kind) for key in keys]) for kind in ("dmm_", "direct_"))
+    figure = plot.ranked_points(
+        [_short_title(unlearned[key].title) for key in keys], value, np.minimum(low, value), np.maximum(high, value),
+        notes=("compute", [f"{unlearned[key].compute:.2g}" for key in keys]),
+        groups={"DMM": matched, "DM-direct": direct, "baselines": ~matched & ~direct},
         references={"retrained": measures.floor.klom.value},
-        labels=plot.Labels(f"compute, as a part of one retraining (none at {LEAST_COMPUTE:g})", "KLoM (nats)"),
+        labels=plot.Labels("KLoM (nats)", ""),
     )  # fmt: skip
     best, dmm = best_baseline(found, name), _best_matched(found, name)
     return (
         figure,
-        f"KLoM against compute after forgetting {SETS[name]}: {unlearned[dmm].title} "
+        f"KLoM and compute after forgetting {SETS[name]}: {unlearned[dmm].title} "
         f"{measures.methods[dmm].klom.value:.2f}, {unlearned[best].title} {measures.methods[best].klom.value:.2f}, "
         f"retrained models {measures.floor.klom.value:.2f}.",
-        f"Forgetting {SETS[name]}. Lower is better, and no lower than the dashed line is possible. KLoM is the mean of "
-        "its 95th percentiles over forgotten, retained and validation images. What subset models took before the "
-        "forget set was known is not counted here; it is in the table.",
+        f"Forgetting {SETS[name]}. Lower is better; the dashed line is where retrained models are. KLoM is the mean of "
+        "its 95th percentiles over forgotten, retained and validation images. Compute is a part of one retraining; "
+        "what subset models took before the forget set was known is not counted in it; that is in the table.",
     )
 
 

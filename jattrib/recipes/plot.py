@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb, to_rgba_array
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
 WIDTH = 6.0
@@ -234,6 +234,60 @@ def bar_with_interval(
     axes.spines["left"].set_visible(False)
     axes.invert_yaxis()
     axes.margins(x=0.14)
+    return figure
+
+
+def ranked_points(
+    names: Sequence[str],
+    values: Float[np.ndarray, " n"],
+    low: Float[np.ndarray, " n"],
+    high: Float[np.ndarray, " n"],
+    *,
+    notes: tuple[str, Sequence[str]],
+    groups: Mapping[str, Bool[np.ndarray, " n"]],
+    references: Mapping[str, float],
+    labels: Labels,
+) -> Figure:
+    """Draw a row a name, the least value on top: a point with its interval, and a note in a column of its own.
+
+    Args:
+        names: what each row is.
+        values: positive; their axis is logarithmic.
+        low: where each interval begins.
+        high: where it ends.
+        notes: the title of their column, and one a row.
+        groups: which rows are drawn in a colour of their own, with its name in the legend; the first that has a row.
+        references: named values that lines mark.
+        labels: `labels.x` is the values' axis.
+    """
+    order = np.argsort(values, kind="stable")
+    figure, axes = _figure(labels, height=1.2 + 0.21 * len(names))
+    axes.grid(visible=False)
+    axes.grid(visible=True, axis="x")
+    axes.set_xscale("log")
+    free = np.ones(len(names), bool)
+    for (title, members), color in zip(groups.items(), SERIES, strict=False):
+        places = np.flatnonzero((members & free)[order])
+        rows = order[places]
+        spans = [values[rows] - low[rows], high[rows] - values[rows]]
+        axes.errorbar(
+            values[rows], places, xerr=spans, fmt="o", color=color, elinewidth=1.4, markersize=5, label=title
+        )  # fmt: skip
+        free &= ~members
+    for name, value in references.items():
+        axes.axvline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label=name)
+    axes.set_yticks(np.arange(len(names)), [names[row] for row in order])
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    column = axes.get_yaxis_transform()
+    for place, row in enumerate(order):
+        axes.text(1.02, place, notes[1][row], transform=column, va="center", color=INK, fontsize=8.5)
+    axes.text(1.02, -0.9, notes[0], transform=column, va="bottom", color=MUTED, fontsize=8.5)
+    figure.legend(loc="outside upper left", ncols=5, frameon=False, fontsize=8.5, handlelength=1.4)
     return figure
 
 

@@ -163,6 +163,25 @@ def test_bars_carry_values_and_intervals_the_first_on_top():
     assert bottom > top
 
 
+def test_ranked_points_stand_in_order_with_their_notes():
+    values, groups = np.array([3.0, 1.0, 2.0]), {"ours": np.array([False, True, True]), "others": np.ones(3, bool)}
+    figure = plot.ranked_points(
+        ["c", "a", "b"], values, values - 0.5, values + 1, notes=("cost", ["x", "y", "z"]), groups=groups,
+        references={"floor": 0.9}, labels=LABELS,
+    )  # fmt: skip
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+    assert [text.get_text() for text in axes.texts] == ["y", "z", "x", "cost"]
+    points = [line.get_xydata().tolist() for line in axes.get_lines()]
+    drawn = [bar.get_label() for bar in axes.containers]
+    assert drawn == ["ours", "others"]
+    assert [[1.0, 0.0], [2.0, 1.0]] in points
+    assert [[3.0, 2.0]] in points
+    whiskers = [segment[:, 0].tolist() for bars in axes.collections for segment in bars.get_segments()]
+    assert whiskers == [[0.5, 2.0], [1.5, 3.0], [2.5, 4.0]]
+    assert axes.get_xscale() == "log"
+
+
 def test_strips_and_grids_show_every_image_with_its_caption():
     figure = plot.image_strip([thumbnail(value, f"{value}") for value in (0, 100, 255)])
     assert [axes.images[0].get_array()[0, 0] for axes in figure.axes] == [0, 100, 255]
