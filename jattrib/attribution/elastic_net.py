@@ -8,11 +8,13 @@ A round solves each target's problem on a working set of columns, whose part of 
 long as it suffices, and then makes one product with the whole of it, for all targets together: the duality gap says
 whether a target goes on to its next penalty, the gradient which columns its working set lacked.  On the working set the
 method is a primal-dual active set (a semismooth Newton method) with conjugate gradients: from a point w with gradient g
-the active set is where `|w − g| > α`, its signs are those of `w − g`, and on it the minimiser solves a linear system.
-From one penalty to the next the solution, and with it the gradient, is extrapolated: both are piecewise linear.
+and D the diagonal of `XᵀX`, the active set is where `|D w − g| > α`, its signs are those of `D w − g`, and on it the
+minimiser solves a linear system.  From one penalty to the next the solution, and with it the gradient, is extrapolated:
+both are piecewise linear.
 
-Newton's method may cycle where columns depend on one another.  A step that raises the objective is not taken; proximal
-gradient steps are, twice as many each time: they converge from anywhere.
+Newton's method may cycle where columns depend on one another.  Of a step only the part along which the objective falls
+is taken; where that is not the whole, sweeps over the columns follow, twice as many each time: they converge from
+anywhere.
 
 Source: Hintermüller, Ito and Kunisch 2002 (primal-dual active sets are semismooth Newton steps); Griesse and Lorenz
 2008 (for this problem); Fercoq, Gramfort and Salmon 2015 (the dual point of the gap); Massias, Gramfort and Salmon 2018
@@ -52,8 +54,11 @@ REDUCTION = 0.05
 CONJUGATE_STEPS = 40
 """At most so many of them for one system."""
 
-PROXIMAL_STEPS = 16
-"""How many follow a refused Newton step, the first time."""
+HALVINGS = 24
+"""Of the interval that holds the best part of a step."""
+
+SLOPE = 0.1
+"""Of the objective's slope at the beginning of a step, which may be left, upwards, at the end of a whole one."""
 
 NEWTON_STEPS = 16
 """At most so many in one round."""
@@ -73,12 +78,14 @@ class Problem(NamedTuple):
         gram: `XᵀX`, or None where it is too large to keep.
         held_out: rows that are predicted and not fitted, in the same units.
         lipschitz: the largest eigenvalue of `XᵀX`, or a little more.
+        energies: the diagonal of `XᵀX`.
     """
 
     rows: Float[Array, "m n"]
     gram: Float[Array, "n n"] | None
     held_out: Float[Array, "h n"]
     lipschitz: Float[Array, ""]
+    energies: Float[Array, " n"]
 
 
 class Targets(NamedTuple):
@@ -377,8 +384,10 @@ def _work(
     everything = gram.size == 0
     take = (lambda leaf: leaf) if everything else lambda leaf: leaf.at[lane.indices].get(mode="fill", fill_value=0)
     multiply = partial(product, problem) if everything else lambda v: jnp.matmul(gram, v, precision="highest")
+    column = partial(_column, problem) if everything else lambda at: gram[at]
     alpha, beta = _penalties(target, lane.stage)
-    task = _Task(multiply, take(target.correlation), target.energy, alpha, beta, problem.lipschitz + beta)
+    flat = jnp.finfo(lane.weights.dtype).eps * (problem.lipschitz + beta)
+    task = _Task(multiply, column, take(problem.energies), take(target.correlation), target.energy, alpha, beta, flat)
     tolerance = jnp.where(live, SAFETY * rule.tolerance, jnp.inf)
     weights = _minimise(task, take(lane.weights), take(lane.gradient), tolerance)
     if everything:
@@ -386,15 +395,34 @@ def _work(
     return jnp.zeros_like(lane.weights).at[lane.indices].set(weights, mode="drop")
 
 
+def _column(problem: Problem, at: Int[Array, ""]) -> Float[Array, " n"]:
+    if problem.gram is not None:
+        return problem.gram[at]
+    return jnp.matmul(problem.rows[:, at], problem.rows, precision="highest")
+
+
 class _Task(NamedTuple):
-    """One target's problem at one penalty on some columns."""
+    """One target's problem at one penalty on some columns.
+
+    Attributes:
+        multiply: takes v to `XᵀX v`.
+        column: takes a column's place to that column of `XᵀX`.
+        energies: the diagonal of `XᵀX`.
+        correlation: `Xᵀy`.
+        energy: `‖y‖²`.
+        alpha: the penalty α.
+        beta: the penalty β.
+        flat: a curvature along a unit vector that is rounding.
+    """
 
     multiply: Callable[[Array], Array]
+    column: Callable[[Array], Array]
+    energies: Float[Array, " w"]
     correlation: Float[Array, " w"]
     energy: Float[Array, ""]
     alpha: Float[Array, ""]
     beta: Float[Array, ""]
-    lipschitz: Float[Array, ""]
+    flat: Float[Array, ""]
 
     def change(self, step: Float[Array, " w"]) -> Float[Array, " w"]:
         """Return by how much a step changes the gradient of the smooth part.
@@ -404,15 +432,11 @@ class _Task(NamedTuple):
         """
         return self.multiply(step) + self.beta * step
 
-    def objective(self, weights: Float[Array, " w"], gradient: Float[Array, " w"]) -> Float[Array, ""]:
-        """Return the objective without `½ ‖y‖²`."""
-        return 0.5 * jnp.sum(weights * (gradient - self.correlation)) + self.alpha * jnp.sum(jnp.abs(weights))
-
 
 def _minimise(
     task: _Task, weights: Float[Array, " w"], gradient: Float[Array, " w"], tolerance: Float[Array, ""]
 ) -> Float[Array, " w"]:
-    """Take Newton steps, and proximal ones where those do not help, until the gap is small enough.
+    """Take Newton steps, and sweeps over the columns where those do not help, until the gap is small enough.
 
     `gradient` is that of the weights without β's part.
     """
@@ -424,13 +448,13 @@ def _minimise(
 
     def iterate(carry):
         weights, gradient, steps, bouts = carry
-        rounding = 2 * jnp.finfo(weights.dtype).eps * task.energy
-        moved, slope = _newton(task, weights, gradient)
-        better = task.objective(moved, slope) <= task.objective(weights, gradient) + rounding
-        weights, gradient = jnp.where(better, moved, weights), jnp.where(better, slope, gradient)
-        length = jnp.where(better, 0, PROXIMAL_STEPS * 2 ** jnp.minimum(bouts, 12))
-        weights, gradient = _proximal(task, weights, gradient, length)
-        return weights, gradient, steps + 1, jnp.where(better, bouts, bouts + 1)
+        step, change = _newton(task, weights, gradient)
+        length = _length(task, weights, gradient, step, change)
+        whole = length == 1
+        weights, gradient = weights + length * step, gradient + length * change
+        sweeps = jnp.where(whole, 0, 2 ** jnp.minimum(bouts, 8))
+        weights, gradient = _sweeps(task, weights, gradient, sweeps)
+        return weights, gradient, steps + 1, jnp.where(whole, bouts, bouts + 1)
 
     none = jnp.zeros((), jnp.int32)
     carry = (weights, gradient + task.beta * weights, none, none)
@@ -440,49 +464,86 @@ def _minimise(
 def _newton(
     task: _Task, weights: Float[Array, " w"], gradient: Float[Array, " w"]
 ) -> tuple[Float[Array, " w"], Float[Array, " w"]]:
-    """Return the minimiser on the active set with its signs, by conjugate gradients, and the gradient there."""
-    shifted = weights - gradient
+    """Return the step to the minimiser on the active set with its signs, by conjugate gradients.
+
+    Also by how much it changes the gradient.
+    """
+    shifted = task.energies * weights - gradient
     signs = jnp.where(jnp.abs(shifted) > task.alpha, jnp.sign(shifted), 0)
-    gradient = gradient - task.change(jnp.where(signs != 0, 0, weights))
-    weights = jnp.where(signs != 0, weights, 0)
-    residual = jnp.where(signs != 0, -(gradient + task.alpha * signs), 0)
+    step = jnp.where(signs != 0, 0, -weights)
+    change = task.change(step)
+    residual = jnp.where(signs != 0, -(gradient + change + task.alpha * signs), 0)
     start = jnp.sum(residual * residual)
-    flat = jnp.finfo(weights.dtype).eps * task.lipschitz
 
     def going(carry):
         *_, norm, steps = carry
         return (norm > REDUCTION**2 * start) & (steps < CONJUGATE_STEPS)
 
     def iterate(carry):
-        weights, gradient, residual, direction, norm, steps = carry
+        step, change, residual, direction, norm, steps = carry
         changed = task.change(direction)
         curvature, squares = jnp.sum(direction * changed), jnp.sum(direction * direction)
-        curved = curvature > flat * squares
+        curved = curvature > task.flat * squares
         length = jnp.where(curved, norm / jnp.where(curved, curvature, 1), 0)
+        step, change = step + length * direction, change + length * changed
         residual = residual - length * jnp.where(signs != 0, changed, 0)
         after = jnp.sum(residual * residual)
         direction = residual + after / jnp.where(norm > 0, norm, 1) * direction
-        steps = jnp.where(curved, steps + 1, CONJUGATE_STEPS)
-        return weights + length * carry[3], gradient + length * changed, residual, direction, after, steps
+        return step, change, residual, direction, after, jnp.where(curved, steps + 1, CONJUGATE_STEPS)
 
-    carry = (weights, gradient, residual, residual, start, jnp.zeros((), jnp.int32))
-    weights, gradient, *_ = jax.lax.while_loop(going, iterate, carry)
-    return weights, gradient
+    carry = (step, change, residual, residual, start, jnp.zeros((), jnp.int32))
+    step, change, *_ = jax.lax.while_loop(going, iterate, carry)
+    return step, change
 
 
-def _proximal(
-    task: _Task, weights: Float[Array, " w"], gradient: Float[Array, " w"], length: Int[Array, ""]
+def _length(
+    task: _Task,
+    weights: Float[Array, " w"],
+    gradient: Float[Array, " w"],
+    step: Float[Array, " w"],
+    change: Float[Array, " w"],
+) -> Float[Array, ""]:
+    """Return what part of a step has the least objective: the whole of it, if the objective falls nearly to its end.
+
+    Along a step the objective is convex and piecewise quadratic; its slope, from the left, needs no product.
+    """
+
+    def slope(length: Float[Array, ""]) -> Float[Array, ""]:
+        point = weights + length * step
+        sign = jnp.where(point != 0, jnp.sign(point), jnp.where(weights != 0, jnp.sign(weights), jnp.sign(step)))
+        return jnp.sum(step * (gradient + length * change + task.alpha * sign))
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        falls = slope(middle) <= 0
+        return jnp.where(falls, middle, low), jnp.where(falls, high, middle)
+
+    zero, one = jnp.zeros((), weights.dtype), jnp.ones((), weights.dtype)
+    low, _ = jax.lax.fori_loop(0, HALVINGS, halve, (zero, one))
+    return jnp.where(slope(one) <= SLOPE * jnp.abs(slope(zero)), one, low)
+
+
+def _sweeps(
+    task: _Task, weights: Float[Array, " w"], gradient: Float[Array, " w"], count: Int[Array, ""]
 ) -> tuple[Float[Array, " w"], Float[Array, " w"]]:
-    """Take some proximal gradient steps."""
+    """Minimise over each column in turn, so many times."""
+    size = weights.shape[0]
+    curvatures = task.energies + task.beta
 
     def iterate(carry):
         weights, gradient, steps = carry
-        target = weights - gradient / task.lipschitz
-        moved = jnp.sign(target) * jnp.maximum(jnp.abs(target) - task.alpha / task.lipschitz, 0)
-        return moved, gradient + task.change(moved - weights), steps + 1
+        at = steps % size
+        curvature = curvatures[at]
+        target = curvature * weights[at] - gradient[at]
+        target = jnp.sign(target) * jnp.maximum(jnp.abs(target) - task.alpha, 0)
+        moved = jnp.where(curvature > 0, target / jnp.where(curvature > 0, curvature, 1), 0)
+        change = moved - weights[at]
+        gradient = (gradient + change * task.column(at)).at[at].add(task.beta * change)
+        return weights.at[at].set(moved), gradient, steps + 1
 
-    carry = (weights, gradient, jnp.zeros((), length.dtype))
-    weights, gradient, _ = jax.lax.while_loop(lambda carry: carry[2] < length, iterate, carry)
+    carry = (weights, gradient, jnp.zeros((), count.dtype))
+    weights, gradient, _ = jax.lax.while_loop(lambda carry: carry[2] < count * size, iterate, carry)
     return weights, gradient
 
 

@@ -415,7 +415,7 @@ def _problem(design: _Design) -> elastic_net.Problem:
 @partial(jax.jit, static_argnames="keep")
 def _prepare(rows: Float[Array, "m n"], others: Float[Array, "h n"], *, keep: bool) -> elastic_net.Problem:
     gram = jnp.matmul(rows.T, rows, precision="highest") if keep else None
-    return elastic_net.Problem(rows, gram, others, elastic_net.lipschitz(rows))
+    return elastic_net.Problem(rows, gram, others, elastic_net.lipschitz(rows), jnp.sum(jnp.square(rows), axis=0))
 
 
 def _steps(correlation: Float[np.ndarray, "t n"], path: Path) -> Float[np.ndarray, "t k"]:
