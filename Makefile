@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 AOT := .venv-aot
-BENCHES := trak projection kernel_inverse surrogate factored influence unlearning
+BENCHES := trak projection kernel_inverse surrogate factored influence unlearning replay
 export JAX_PLATFORMS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -129,7 +129,7 @@ def products(masks: np.ndarray, outputs: np.ndarray) -> float:
     """Return the seconds of the products with the whole design alone: one a penalty, as many targets at a time."""
     columns, _ = standardized(masks)
     rows = jnp.asarray(columns, jnp.float32)
-    whole = elastic_net.Problem(rows, None, rows[:0], jnp.ones(()))
+    whole = elastic_net.Problem(rows, None, rows[:0], jnp.ones(()), jnp.ones(COLUMNS))
     vectors = jnp.asarray(np.random.default_rng(1).normal(size=(surrogate.CHUNK, COLUMNS)), jnp.float32)
     multiply = jax.jit(partial(elastic_net.product, whole))
     jax.block_until_ready(multiply(vectors))

@@ -92,6 +92,7 @@ class Targets(NamedTuple):
     """Targets, centred as the rows are, and the penalties that each visits, in descending order.
 
     Attributes:
+        outputs: y.
         correlation: `Xᵀy`.
         energy: `‖y‖²`.
         held_out: the outputs of the rows that are not fitted.
@@ -100,6 +101,7 @@ class Targets(NamedTuple):
         start: the weights to start from.
     """
 
+    outputs: Float[Array, "t m"]
     correlation: Float[Array, "t n"]
     energy: Float[Array, " t"]
     held_out: Float[Array, "t h"]
@@ -238,10 +240,24 @@ def relative_gap(
 
 def product(problem: Problem, v: Float[Array, "*t n"]) -> Float[Array, "*t n"]:
     """Return `XᵀX v`, by whichever is cheaper."""
-    m, n = problem.rows.shape
-    if problem.gram is not None and n <= 2 * m:
-        return jnp.matmul(v, problem.gram, precision="highest")
+    gram = _cheap_gram(problem)
+    if gram is not None:
+        return jnp.matmul(v, gram, precision="highest")
     return jnp.matmul(jnp.matmul(v, problem.rows.T, precision="highest"), problem.rows, precision="highest")
+
+
+def _gradient(problem: Problem, targets: Targets, weights: Float[Array, "t n"]) -> Float[Array, "t n"]:
+    """Return `Xᵀ(Xw − y)`: from the residual where products with the rows are as cheap, since it rounds least."""
+    if _cheap_gram(problem) is not None:
+        return product(problem, weights) - targets.correlation
+    residual = jnp.matmul(weights, problem.rows.T, precision="highest") - targets.outputs
+    return jnp.matmul(residual, problem.rows, precision="highest")
+
+
+def _cheap_gram(problem: Problem) -> Float[Array, "n n"] | None:
+    """Return the Gram matrix if a product with it costs no more than two with the rows."""
+    m, n = problem.rows.shape
+    return problem.gram if n <= 2 * m else None
 
 
 def _spread(function: Callable, mesh: Mesh | None, whole: int, split: int) -> Callable:
@@ -261,7 +277,7 @@ def _begin(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None)
 def _begin_here(rule: Rule, problem: Problem, targets: Targets) -> tuple[_Lane, Int[Array, " t"]]:
     t, n = targets.start.shape
     k, none = targets.alpha.shape[1], jnp.zeros(t, jnp.int32)
-    gradient = product(problem, targets.start) - targets.correlation
+    gradient = _gradient(problem, targets, targets.start)
     unknown = jnp.full_like(targets.alpha, jnp.nan)
     path = jnp.zeros((t, k if rule.keep_path else 0, n), gradient.dtype)
     record = Solution(targets.start, none, unknown, unknown, none, path)
@@ -310,7 +326,7 @@ def _rounds_here(
             lanes, grams = _gather(problem, targets, lanes, grams, live)
         work = partial(_work, rule, problem)
         weights = jax.lax.map(lambda each: work(*each), (targets, lanes, grams, live), batch_size=TOGETHER)
-        gradient = product(problem, weights) - targets.correlation
+        gradient = _gradient(problem, targets, weights)
         predicted = jnp.matmul(weights, problem.held_out.T, precision="highest")
         errors = jnp.sum(jnp.square(targets.held_out - predicted), axis=1)
         lanes = jax.vmap(partial(_judge, rule))(targets, lanes, live, weights, gradient, errors)

@@ -380,7 +380,7 @@ def _fit(
             energy = jnp.sum(targets * targets, axis=1)
             kind = targets.dtype
             batch = elastic_net.Targets(
-                correlation, energy, jnp.asarray(held_out.T, kind),
+                targets, correlation, energy, jnp.asarray(held_out.T, kind),
                 jnp.asarray(count * path.l1_ratio * steps, kind),
                 jnp.asarray(count * (1 - path.l1_ratio) * steps, kind), begin,
             )  # fmt: skip
