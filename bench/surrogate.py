@@ -99,7 +99,7 @@ def paths(name: str, masks: np.ndarray, outputs: np.ndarray) -> Any:
 
     design, _ = standardized(masks)
     work = (delayed(one)(name, design, outputs[:, target]) for target in range(outputs.shape[1]))
-    return Parallel(n_jobs=harness.cores())(work)
+    return Parallel(n_jobs=harness.cores(), max_nbytes=None)(work)  # celer takes no read-only memory
 
 
 def one(name: str, design: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
