@@ -13,7 +13,7 @@ minimiser solves a linear system.  From one penalty to the next the solution, an
 both are piecewise linear.
 
 Newton's method may cycle where columns depend on one another.  Of a step only the part along which the objective falls
-is taken; where that is not the whole, sweeps over the columns follow, twice as many each time: they converge from
+is taken; where that is little, sweeps over the columns follow, twice as many each time: they converge from
 anywhere.
 
 Source: Hintermüller, Ito and Kunisch 2002 (primal-dual active sets are semismooth Newton steps); Griesse and Lorenz
@@ -22,6 +22,7 @@ Source: Hintermüller, Ito and Kunisch 2002 (primal-dual active sets are semismo
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -32,18 +33,19 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jattrib.core import mesh as meshes
+from jattrib.train import chunk
 
 SIZES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 """Sizes of working sets, each compiled once; a target that needs more works on all columns."""
 
-GROUP = 64
+GROUP = 16
 """Targets that go through their rounds together on a device, at most."""
 
 GROUP_BYTES = 2**28
 """What their parts of the Gram matrix may take."""
 
 TOGETHER = 8
-"""Targets whose steps on their working sets are taken side by side: each waits for the slowest of them."""
+"""Targets whose steps on their working sets an accelerator takes side by side: each waits for the slowest of them."""
 
 MARGIN = 0.8
 """Columns whose gradient is above this part of the penalty enter a working set with those above the whole."""
@@ -56,6 +58,9 @@ CONJUGATE_STEPS = 40
 
 HALVINGS = 24
 """Of the interval that holds the best part of a step."""
+
+SHORT = 0.2
+"""Of a step, what part must help for no sweep to follow."""
 
 SLOPE = 0.1
 """Of the objective's slope at the beginning of a step, which may be left, upwards, at the end of a whole one."""
@@ -176,7 +181,7 @@ def descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None
     """Solve for every target along its penalties.
 
     Targets whose working sets are of one size go through their rounds in groups; a group ends when half of it needs
-    more, or is done.
+    more, or is done.  Of many targets each core of a CPU takes a part.
 
     Args:
         problem: the design, whole on every device.
@@ -184,6 +189,23 @@ def descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None
         rule: when to go on.
         mesh: where targets are.
     """
+    count = targets.energy.shape[0]
+    workers = min(chunk.cores(), count // GROUP) if mesh is None and jax.default_backend() == "cpu" else 1
+    if workers <= 1:
+        return _descend(problem, targets, rule, mesh=mesh)
+
+    def work(places: Int[np.ndarray, " t"]) -> Solution:
+        with jax.enable_x64(problem.rows.dtype == jnp.float64):  # a thread has settings of its own
+            return _descend(problem, jax.tree.map(lambda leaf: leaf[places], targets), rule, mesh=None)
+
+    share = -(-count // workers)
+    places = np.minimum(np.arange(workers * share), count - 1).reshape(workers, share)
+    with ThreadPoolExecutor(workers) as pool:
+        found = list(pool.map(work, places))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count], *found)
+
+
+def _descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None) -> Solution:
     n, devices = problem.rows.shape[1], meshes.width(mesh)
     sizes = [*(size for size in SIZES if size < n), n]
     lanes, needs = _begin(problem, targets, rule, mesh=mesh)
@@ -325,7 +347,8 @@ def _rounds_here(
         if not everything:
             lanes, grams = _gather(problem, targets, lanes, grams, live)
         work = partial(_work, rule, problem)
-        weights = jax.lax.map(lambda each: work(*each), (targets, lanes, grams, live), batch_size=TOGETHER)
+        together = None if jax.default_backend() == "cpu" else TOGETHER
+        weights = jax.lax.map(lambda each: work(*each), (targets, lanes, grams, live), batch_size=together)
         gradient = _gradient(problem, targets, weights)
         predicted = jnp.matmul(weights, problem.held_out.T, precision="highest")
         errors = jnp.sum(jnp.square(targets.held_out - predicted), axis=1)
@@ -387,8 +410,9 @@ def _gather(
 
 def _part(problem: Problem, chosen: Int[Array, " w"]) -> Float[Array, "w w"]:
     if problem.gram is not None:
-        rows = problem.gram.at[chosen].get(mode="fill", fill_value=0)
-        return rows.at[:, chosen].get(mode="fill", fill_value=0)
+        n = problem.gram.shape[0]
+        part = problem.gram.at[chosen[:, None], chosen[None, :]].get(mode="clip")
+        return jnp.where((chosen < n)[:, None] & (chosen < n)[None, :], part, 0)
     columns = problem.rows.at[:, chosen].get(mode="fill", fill_value=0)
     return jnp.matmul(columns.T, columns, precision="highest")
 
@@ -466,11 +490,11 @@ def _minimise(
         weights, gradient, steps, bouts = carry
         step, change = _newton(task, weights, gradient)
         length = _length(task, weights, gradient, step, change)
-        whole = length == 1
         weights, gradient = weights + length * step, gradient + length * change
-        sweeps = jnp.where(whole, 0, 2 ** jnp.minimum(bouts, 8))
+        helps = length > SHORT
+        sweeps = jnp.where(helps, 0, 2 ** jnp.minimum(bouts, 8))
         weights, gradient = _sweeps(task, weights, gradient, sweeps)
-        return weights, gradient, steps + 1, jnp.where(whole, bouts, bouts + 1)
+        return weights, gradient, steps + 1, jnp.where(helps, bouts, bouts + 1)
 
     none = jnp.zeros((), jnp.int32)
     carry = (weights, gradient + task.beta * weights, none, none)
