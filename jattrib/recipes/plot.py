@@ -276,7 +276,7 @@ def ranked_points(
         free &= ~members
     for name, value in references.items():
         axes.axvline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label=name)
-    axes.set_yticks(np.arange(len(names)), [names[row] for row in order])
+    axes.set_yticks(np.arange(len(names)), [names[int(row)] for row in order])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.spines["left"].set_visible(False)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -285,7 +285,7 @@ def ranked_points(
     axes.xaxis.set_minor_locator(NullLocator())
     column = axes.get_yaxis_transform()
     for place, row in enumerate(order):
-        axes.text(1.02, place, notes[1][row], transform=column, va="center", color=INK, fontsize=8.5)
+        axes.text(1.02, place, notes[1][int(row)], transform=column, va="center", color=INK, fontsize=8.5)
     axes.text(1.02, -0.9, notes[0], transform=column, va="bottom", color=MUTED, fontsize=8.5)
     figure.legend(loc="outside upper left", ncols=5, frameon=False, fontsize=8.5, handlelength=1.4)
     return figure
