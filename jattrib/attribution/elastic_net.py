@@ -18,7 +18,7 @@ anywhere.
 
 Source: Hintermüller, Ito and Kunisch 2002 (primal-dual active sets are semismooth Newton steps); Griesse and Lorenz
 2008 (for this problem); Fercoq, Gramfort and Salmon 2015 (the dual point of the gap); Massias, Gramfort and Salmon 2018
-(working sets).
+(working sets); Tseng 2001 (minimising over one column at a time converges).
 """
 
 from collections.abc import Callable

@@ -217,8 +217,6 @@ def bar_with_interval(
     """Draw a horizontal bar a name, with interval and value, the first on top; `labels.x` is the values' axis."""
     figure, axes = _figure(labels, height=1.3 + 0.42 * len(names))
     places = np.arange(len(names))
-    axes.grid(visible=False)
-    axes.grid(visible=True, axis="x")
     axes.barh(places, values, height=0.62, color=[SERIES[0]] + [MUTED] * (len(names) - 1), alpha=0.85)
     axes.errorbar(values, places, xerr=[values - low, high - values], fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
     for place, value, bottom, top in zip(places, values, low, high, strict=True):
@@ -229,9 +227,7 @@ def bar_with_interval(
             va="center", ha="left" if right else "right", color=INK, fontsize=8.5,
         )  # fmt: skip
     axes.axvline(0, color=MUTED, linewidth=0.8)
-    axes.set_yticks(places, names)
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
-    axes.spines["left"].set_visible(False)
+    _name_rows(axes, names)
     axes.invert_yaxis()
     axes.margins(x=0.14)
     return figure
@@ -262,8 +258,6 @@ def ranked_points(
     """
     order = np.argsort(values, kind="stable")
     figure, axes = _figure(labels, height=1.2 + 0.21 * len(names))
-    axes.grid(visible=False)
-    axes.grid(visible=True, axis="x")
     axes.set_xscale("log")
     free = np.ones(len(names), bool)
     for (title, members), color in zip(groups.items(), SERIES, strict=False):
@@ -276,9 +270,7 @@ def ranked_points(
         free &= ~members
     for name, value in references.items():
         axes.axvline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label=name)
-    axes.set_yticks(np.arange(len(names)), [names[int(row)] for row in order])
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
-    axes.spines["left"].set_visible(False)
+    _name_rows(axes, [names[int(row)] for row in order])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -384,6 +376,15 @@ def _reference(axes: Axes, name: str, value: float) -> None:
         name, (0, value), (2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=MUTED,
         fontsize=8.5,
     )  # fmt: skip
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Make the vertical axis one of names, with rules for the values alone."""
+    axes.grid(visible=False)
+    axes.grid(visible=True, axis="x")
+    axes.set_yticks(np.arange(len(names)), names)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines["left"].set_visible(False)
 
 
 def _name_points(
