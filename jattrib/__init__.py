@@ -16,4 +16,10 @@ A lower floor never imports a higher one.
 * `recipes`: configs, the command line, plots, reports: the only place that knows files and terminals
 """
 
+from importlib import metadata
+
+from jattrib.core import compiler
+
 __version__ = "0.1.0"
+
+compiler.warn_if_unsound(metadata.version("jaxlib"))

@@ -1,6 +1,7 @@
 """Protocols, pytree algebra, meshes, the one pass over data, and what is kept on disk.
 
 * `types`: the few protocols, on one page
+* `compiler`: releases of it that are not to be trusted
 * `errors`: what came, what was expected, the remedy
 * `tree`: dot products, paths, selection and digests of pytrees
 * `mesh`: meshes, partition specs, placing and fetching

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,15 +146,15 @@ def bench(
     from jattrib.core import files
 
     rows = [row if isinstance(row, Mapping) else row._asdict() for row in _benchmark(name).run()]
-    columns = [column for column in (rows[0] if rows else ()) if column not in UNSHOWN]
-    table = Table(*columns, title=name)
-    for row in rows:
-        table.add_row(*(_shown(row[column]) for column in columns))
-    Console().print(table)
     if out is not None:
         context = {"device": rundir.device(), "versions": rundir.versions()}
         lines = [json.dumps(files.plain({**context, **row}), allow_nan=False) for row in rows]
         files.write_atomic(out, "".join(f"{line}\n" for line in lines).encode())
+    columns = [column for column in dict.fromkeys(chain.from_iterable(rows)) if column not in UNSHOWN]
+    table = Table(*columns, title=name)
+    for row in rows:
+        table.add_row(*(_shown(row.get(column, "")) for column in columns))
+    Console().print(table)
 
 
 def _benchmark(name: str) -> Any:

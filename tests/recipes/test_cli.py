@@ -198,7 +198,7 @@ def test_a_benchmark_prints_a_table_and_writes_lines(tmp_path, monkeypatch, caps
     (tmp_path / "bench" / "peers").mkdir(parents=True)
     (tmp_path / "bench" / "own.py").write_text(
         "from typing import NamedTuple\n\nclass Row(NamedTuple):\n    name: str\n    examples_per_second: float\n\n"
-        "def run():\n    return [Row('sketch', 1234.5), Row('dense', 10.0)]\n"
+        "def run():\n    return [Row('sketch', 1234.5), {'name': 'dense', 'examples_per_second': 10.0, 'mebibytes': 77}]\n"
     )
     (tmp_path / "bench" / "peers" / "theirs.py").write_text("\ndef run():\n    return []\n")
     (tmp_path / "bench" / "helper.py").write_text("run = 3\n")
@@ -206,6 +206,8 @@ def test_a_benchmark_prints_a_table_and_writes_lines(tmp_path, monkeypatch, caps
     assert jattrib("bench", "own", "--out", out) == 0
     assert "examples_per_second" in (printed := capsys.readouterr().out)
     assert "1234" in printed
+    assert "mebibytes" in printed
+    assert "77" in printed
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(line["name"], line["examples_per_second"]) for line in lines] == [("sketch", 1234.5), ("dense", 10.0)]
     assert all(line["device"].startswith("cpu") and "jax" in line["versions"] for line in lines)

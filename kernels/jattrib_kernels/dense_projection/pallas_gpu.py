@@ -171,10 +171,13 @@ def _normal(seed, at, col, *, axis):
 
 
 def _product(rows, r, total):
+    dot = functools.partial(
+        lax.dot_general, dimension_numbers=(((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
     if r.dtype == jnp.float32:
-        return total + plgpu.dot(rows.astype(jnp.float32), r, precision=lax.Precision.HIGHEST)
+        return total + dot(rows.astype(jnp.float32), r, precision=lax.Precision.HIGHEST)
     for part in [rows] if rows.dtype == jnp.bfloat16 else bfloat16_parts(rows):
-        total = total + plgpu.dot(part, r)
+        total = total + dot(part, r)
     return total
 
 
