@@ -198,7 +198,8 @@ def test_a_benchmark_prints_a_table_and_writes_lines(tmp_path, monkeypatch, caps
     (tmp_path / "bench" / "peers").mkdir(parents=True)
     (tmp_path / "bench" / "own.py").write_text(
         "from typing import NamedTuple\n\nclass Row(NamedTuple):\n    name: str\n    examples_per_second: float\n\n"
-        "def run():\n    return [Row('sketch', 1234.5), {'name': 'dense', 'examples_per_second': 10.0, 'mebibytes': 77}]\n"
+        "def run():\n    "
+        "return [Row('sketch', 1234.5), {'name': 'dense', 'examples_per_second': 10.0, 'mebibytes': 77}]\n"
     )
     (tmp_path / "bench" / "peers" / "theirs.py").write_text("\ndef run():\n    return []\n")
     (tmp_path / "bench" / "helper.py").write_text("run = 3\n")
