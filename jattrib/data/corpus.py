@@ -5,7 +5,6 @@ a cache, and is checked by its SHA-256 whenever it is read.
 """
 
 import hashlib
-import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -19,9 +18,6 @@ from jattrib.core import files
 from jattrib.core.errors import InvalidInputError, StoreError
 from jattrib.data import debian, lzw
 from jattrib.data.vision import Dataset
-
-CACHE = "JATTRIB_CACHE"
-"""The environment variable that names the cache."""
 
 PADDING = -1
 """The label of a place that counts nothing."""
@@ -80,7 +76,7 @@ def read(name: str, *, path: str | Path | None = None, cache: str | Path | None 
         )
     if name == "file" and path is None:
         raise InvalidInputError("a file without its path", expected="path", remedy="read('file', path=...)")
-    content = _fetched(name, ORIGINS[name], _cache(cache)) if path is None else _file(Path(path))
+    content = _fetched(name, ORIGINS[name], debian.cache(cache)) if path is None else _file(Path(path))
     where = name if path is None else str(path)
     try:
         passages = (ORIGINS[name].cut if name in ORIGINS else _lines)(content.decode())
@@ -167,13 +163,6 @@ def windows(tokens: Integer[np.ndarray, " t"], length: int) -> Dataset:
         )
     shape, used = (count, length), count * length
     return Dataset(tokens[:used].reshape(shape).astype(np.int32), tokens[1 : used + 1].reshape(shape).astype(np.int32))
-
-
-def _cache(path: str | Path | None) -> Path:
-    if path is not None:
-        return Path(path)
-    named = os.environ.get(CACHE)
-    return Path(named) if named else Path.home() / ".cache" / "jattrib"
 
 
 def _fetched(name: str, origin: Origin, cache: Path) -> bytes:

@@ -1,6 +1,7 @@
 """Files out of Debian packages: those installed here, or fetched with `apt-get download`, which needs no root."""
 
 import gzip
+import os
 import subprocess
 import tempfile
 import zlib
@@ -12,6 +13,17 @@ from jattrib.core.errors import InvalidInputError, StoreError
 SYSTEM = Path("/")
 SECONDS = 300
 """How long a download may take."""
+
+CACHE = "JATTRIB_CACHE"
+"""The environment variable that names the cache."""
+
+
+def cache(path: str | Path | None = None) -> Path:
+    """Return the folder where what was fetched is kept: `path`, what `JATTRIB_CACHE` names, or `~/.cache/jattrib`."""
+    if path is not None:
+        return Path(path)
+    named = os.environ.get(CACHE)
+    return Path(named) if named else Path.home() / ".cache" / "jattrib"
 
 
 def fetch(package: str, patterns: Sequence[str], *, remedy: str) -> list[bytes]:

@@ -1,14 +1,17 @@
 """Image data sets: Fashion-MNIST and the excerpt of it that is embedded here, digits, NPZ files."""
 
 import hashlib
+import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Num, UInt8
 
+from jattrib.core import files
 from jattrib.core.errors import InvalidInputError, StoreError
-from jattrib.data import idx
+from jattrib.data import debian, idx
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -17,7 +20,7 @@ FASHION_MNIST_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-DEBIAN_PATH = Path("/usr/share/datasets/fashion-mnist")
+DEBIAN_PACKAGE, DEBIAN_PATH = "dataset-fashion-mnist", Path("/usr/share/datasets/fashion-mnist")
 EXCERPT_PATH = Path(__file__).parent / "fashion_mnist_excerpt"
 
 
@@ -100,19 +103,20 @@ def fashion_mnist(path: str | Path | None = None) -> tuple[Dataset, Dataset]:
     """Read Fashion-MNIST, 60,000 training and 10,000 test images, from its four IDX files (plain or `.gz`).
 
     Args:
-        path: the folder that holds the files; without it, where Debian's package `dataset-fashion-mnist` puts them.
+        path: the folder that holds the files; without it, where Debian's package `dataset-fashion-mnist` puts them, or
+            where they are kept once they were fetched from there (30 MB; `data.debian.cache`).
 
     Returns:
         `(train, test)`: inputs are float32, `(n, 28, 28, 1)`, normalised by the training set's mean .2860 and standard
         deviation .3530; labels are int32.  Any sizes are accepted, so that a folder may hold a part of the data.
 
     Raises:
-        StoreError: a file is missing.
+        StoreError: a file is missing, or the package is not installed and cannot be fetched.
         InvalidInputError: a file is damaged, or images and labels do not fit each other.
 
     Source: Xiao et al. 2017, "Fashion-MNIST: a novel image dataset for benchmarking machine learning algorithms".
     """
-    folder = DEBIAN_PATH if path is None else Path(path)
+    folder = _fetched() if path is None else Path(path)
     return _fashion_split(folder, "train"), _fashion_split(folder, "test")
 
 
@@ -134,6 +138,27 @@ def fashion_mnist_excerpt() -> tuple[Dataset, Dataset]:
                 f"{file}: SHA-256 {got}", expected=wanted, remedy="reinstall jattrib, the embedded file was altered"
             )
     return fashion_mnist(EXCERPT_PATH)
+
+
+def _fetched() -> Path:
+    """Return the folder of all of Fashion-MNIST: the package's, or that in the cache, which is filled if need be."""
+    folder = debian.cache() / "fashion-mnist"
+    if DEBIAN_PATH.is_dir() or folder.is_dir():
+        return DEBIAN_PATH if DEBIAN_PATH.is_dir() else folder
+    names = [name for pair in FASHION_MNIST_FILES.values() for name in pair]
+    inside = DEBIAN_PATH.relative_to("/")
+    contents = debian.fetch(
+        DEBIAN_PACKAGE, [f"{inside}/{name}.gz" for name in names],
+        remedy="name the folder of the four IDX files: fashion_mnist(FOLDER), or data.path in a config",
+    )  # fmt: skip
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fashion-mnist-", dir=folder.parent) as temporary:
+        whole = Path(temporary) / "whole"
+        for name, content in zip(names, contents, strict=True):
+            files.write_atomic(whole / name, content)
+        if not folder.is_dir():  # another process may have been faster
+            os.replace(whole, folder)
+    return folder
 
 
 def fashion_mnist_raw(folder: Path, split: str) -> tuple[UInt8[np.ndarray, "n 28 28"], UInt8[np.ndarray, " n"]]:

@@ -45,7 +45,7 @@ class FashionMnistExcerpt(DataRoom, frozen=True, tag_field="kind", tag="fashion_
 
 
 class FashionMnist(DataRoom, frozen=True, tag_field="kind", tag="fashion_mnist"):
-    """All of Fashion-MNIST, from IDX files: those of Debian's package, or those in the folder `path`."""
+    """All of Fashion-MNIST, from IDX files: those of Debian's package, fetched if need be, or of the folder `path`."""
 
     path: str | None = None
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,20 +49,27 @@ class Descent(configs.Room, frozen=True):
 
     Wrong labels do no harm until they are learnt by heart, and training that learns by heart is too rough for its
     derivative to mean much.  So there are two: the recipe's own run, short and smooth, is differentiated, and a longer
-    one, which wrong labels hurt, has the weights that were found.
+    one, which wrong labels hurt, has the weights that were found.  Images no heavier than a cutoff are left out of it;
+    the cutoff is the one with which most validation images are classified rightly.
 
     Attributes:
         flipped: the part of the labels that is made wrong, each to a random other class.
-        validation: test images whose margins are raised; accuracy is measured on the others.
+        heldout: whose test images validate and measure; those of the recipe's own data when left out.
+        validation: test images that training is to be good for; accuracy is measured on the others.
+        objective: of descent, on the validation images: their cross-entropy, or their margins, which need fewer.
         steps: of descent.
         rate: the root mean square of the change of the weights in a step.
+        cutoffs: the ones to choose from; 0 leaves out nothing that has any weight.
         training: the longer one.
     """
 
     flipped: configs.Fraction = 0.2
+    heldout: configs.Data | None = None
     validation: configs.Count = 500
+    objective: Literal["loss", "margin"] = "margin"
     steps: configs.Count = 6
     rate: configs.Positive = 0.15
+    cutoffs: Annotated[tuple[configs.NonNegative, ...], Meta(min_length=1)] = (0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
     training: configs.Training = configs.Training(epochs=60, learning_rate=0.02, schedule="constant", peak=0.05)
 
 
@@ -111,10 +118,12 @@ class Descended(NamedTuple):
 
     Attributes:
         flipped: which labels are wrong.
-        weights: those with the highest validation margins in the short run.
+        weights: those with the lowest objective in the short run.
         step: of descent at which they were reached.
-        losses: minus the mean validation margin of the short run, at each step, in nats.
+        losses: the objective of the short run on the validation images, at each step, in nats.
         accuracies: of the long run on the other test images, on the weights of each step.
+        cutoff: the chosen one.
+        accuracy: of the long run there, on the weights that are above it.
         clean: the accuracy there when all labels are right.
         recall: how well low weights find the wrong labels.
     """
@@ -124,6 +133,8 @@ class Descended(NamedTuple):
     step: int
     losses: Float[np.ndarray, " steps"]
     accuracies: Float[np.ndarray, " steps"]
+    cutoff: float
+    accuracy: float
     clean: float
     recall: mislabelled.Recall
 
@@ -131,7 +142,7 @@ class Descended(NamedTuple):
     def recovered(self) -> float | None:
         """The part of the accuracy lost to wrong labels that descent brought back; None where none was lost."""
         lost = self.clean - self.accuracies[0]
-        return float((self.accuracies[self.step] - self.accuracies[0]) / lost) if lost > 0 else None
+        return float((self.accuracy - self.accuracies[0]) / lost) if lost > 0 else None
 
 
 def check(config: Config) -> None:
@@ -140,14 +151,16 @@ def check(config: Config) -> None:
     Raises:
         InvalidInputError: more are asked for than there are.
     """
-    count = len(build.load_data(config.data)[1].labels)
-    for name, value, most in (
-        ("descent.validation", config.descent.validation, count - 1),
-        ("method.cost_queries", config.method.cost_queries, count),
+    own = config.data
+    counts = {room: len(build.load_data(room)[1].labels) for room in (own, config.descent.heldout or own)}
+    count, held = counts[own], counts[config.descent.heldout or own]
+    for name, value, most, there in (
+        ("descent.validation", config.descent.validation, held - 1, held),
+        ("method.cost_queries", config.method.cost_queries, count, count),
     ):
         if value > most:
             raise InvalidInputError(
-                f"{name} = {value}", expected=f"at most {most}, with {count} test images", remedy=f"lower {name}"
+                f"{name} = {value}", expected=f"at most {most}, with {there} test images", remedy=f"lower {name}"
             )
 
 
@@ -197,8 +210,8 @@ def measure_cost(config: experiment.Config, task: Task, folder: Path, *, count: 
 
 
 def descend(config: Config, task: Task, folder: Path) -> Descended:
-    """Flip labels, raise validation margins by the weights of the short run, and train the long one on each step's."""
-    settings, train, (_, test) = config.descent, task.train, build.load_data(config.data)
+    """Flip labels, descend on the weights of the short run, and train the long one on what each step found."""
+    settings, train, (_, test) = config.descent, task.train, build.load_data(config.descent.heldout or config.data)
     wrong, labels = flip(task, settings.flipped)
     held, other = (
         (jnp.asarray(test.inputs[part]), jnp.asarray(test.labels[part]))
@@ -206,8 +219,9 @@ def descend(config: Config, task: Task, folder: Path) -> Descended:
     )
     members, key = experiment.paired(config, task)
     noisy, inputs = replay.member(members, (train.inputs, labels), key[0])
+    objective = magic.MeanLoss if settings.objective == "loss" else magic.MarginLoss
     found = magic.descend(
-        partial(magic.MarginLoss, members.model.apply), noisy, inputs, held,
+        partial(objective, members.model.apply), noisy, inputs, held,
         optimizer=optax.chain(optax.normalize_by_update_norm(), optax.scale(-settings.rate * len(labels) ** 0.5)),
         steps=settings.steps, directory=folder / "descent", identity=task.identity,
     )  # fmt: skip
@@ -215,16 +229,23 @@ def descend(config: Config, task: Task, folder: Path) -> Descended:
     members = members._replace(plan=plan, optimizer=build.optimizer(settings.training, plan.steps))
     long, inputs = replay.member(members, (train.inputs, labels), key[0])
 
-    def accuracy(run: Run, weights: Float[np.ndarray | Array, " n"]) -> float:
+    def accuracies(run: Run, weights: Float[np.ndarray | Array, " n"]) -> tuple[float, float]:
+        """Return the accuracy of the long run on the validation images, and on the others."""
         trained, state = replay.train(run, inputs._replace(weights=jnp.asarray(weights)))
-        logits, _ = members.model.apply(trained, state, other[0], train=False)
-        return float(np.mean(np.asarray(logits).argmax(axis=1) == np.asarray(other[1])))
+        shares = []
+        for images, truth in (held, other):
+            logits, _ = members.model.apply(trained, state, images, train=False)
+            shares.append(float(np.mean(np.asarray(logits).argmax(axis=1) == np.asarray(truth))))
+        return shares[0], shares[1]
 
-    clean = accuracy(long._replace(data=(long.data[0], jnp.asarray(train.labels))), inputs.weights)
-    recall = mislabelled.recall(-np.asarray(found.weights), wrong, key=task.keys["statistics"])
+    weights = np.asarray(found.weights)
+    cut = {cutoff: accuracies(long, np.where(weights > cutoff, weights, 0)) for cutoff in settings.cutoffs}
+    cutoff = max(cut, key=lambda each: cut[each][0])
+    _, clean = accuracies(long._replace(data=(long.data[0], jnp.asarray(train.labels))), inputs.weights)
+    recall = mislabelled.recall(-weights, wrong, key=task.keys["statistics"])
     return Descended(
-        wrong, np.asarray(found.weights), found.step, found.values,
-        np.array([accuracy(long, weights) for weights in found.path]), clean, recall,
+        wrong, weights, found.step, found.values, np.array([accuracies(long, each)[1] for each in found.path]),
+        cutoff, cut[cutoff][1], clean, recall,
     )  # fmt: skip
 
 

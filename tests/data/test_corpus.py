@@ -19,7 +19,7 @@ def machine(tmp_path, monkeypatch):
     (tmp_path / "root").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv(corpus.CACHE, raising=False)
+    monkeypatch.delenv(debian.CACHE, raising=False)
     monkeypatch.setattr(debian, "SYSTEM", tmp_path / "root")
     own = corpus.ORIGINS["policy"]._replace(sha256=hashlib.sha256(POLICY).hexdigest())
     monkeypatch.setitem(corpus.ORIGINS, "policy", own)
@@ -62,7 +62,7 @@ def test_a_package_is_fetched_without_root(machine, monkeypatch):
     install(machine / "there")
     command(machine, "apt-get", '[ "$1 $2" = "download debian-policy" ] && echo > debian-policy_1_all.deb')
     command(machine, "dpkg", f'[ "$1 $2" = "-x debian-policy_1_all.deb" ] && /bin/cp -r {machine}/there "$3"')
-    monkeypatch.setenv(corpus.CACHE, str(machine / "kept"))
+    monkeypatch.setenv(debian.CACHE, str(machine / "kept"))
     assert corpus.read("policy") == EXPECTED
     (machine / "bin" / "apt-get").unlink()
     assert corpus.read("policy") == EXPECTED  # out of the folder that the environment names

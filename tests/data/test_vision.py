@@ -1,12 +1,14 @@
+import gzip
 import hashlib
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jattrib.core.errors import InvalidInputError, StoreError
-from jattrib.data import excerpt, idx, vision
+from jattrib.data import debian, excerpt, idx, vision
 
 
 def write_fashion(folder, *, train=40, test=30, labels=None, images=None):
@@ -213,3 +215,32 @@ def test_npz_refuses_files_that_are_none(tmp_path):
     np.savez(tmp_path / "b.npz", inputs=np.array([{}, {}], object), labels=np.array([0, 1]))
     with pytest.raises(StoreError, match="plain arrays"):
         vision.npz(tmp_path / "b.npz")
+
+
+def test_all_of_fashion_mnist_is_fetched_once_and_kept(tmp_path, monkeypatch):
+    """The excerpt's files stand in for the package's."""
+    files = [name for pair in vision.FASHION_MNIST_FILES.values() for name in pair]
+    asked = []
+
+    def fetch(package, patterns, *, remedy):
+        asked.append((package, tuple(patterns)))
+        return [gzip.decompress((vision.EXCERPT_PATH / f"{name}.gz").read_bytes()) for name in files]
+
+    monkeypatch.setattr(vision, "DEBIAN_PATH", Path("/nowhere/fashion-mnist"))
+    monkeypatch.setenv(debian.CACHE, str(tmp_path / "kept"))
+    monkeypatch.setattr(debian, "fetch", fetch)
+    for _ in range(2):
+        for found, expected in zip(vision.fashion_mnist(), vision.fashion_mnist_excerpt(), strict=True):
+            np.testing.assert_array_equal(found.inputs, expected.inputs)
+            np.testing.assert_array_equal(found.labels, expected.labels)
+    assert asked == [("dataset-fashion-mnist", tuple(f"nowhere/fashion-mnist/{name}.gz" for name in files))]
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["fashion-mnist"]  # nothing half-written beside it
+
+
+def test_without_the_package_and_a_network_the_remedy_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(vision, "DEBIAN_PATH", Path("/nowhere/fashion-mnist"))
+    monkeypatch.setenv(debian.CACHE, str(tmp_path / "kept"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(StoreError, match=r"(?s)no apt-get on this machine.*remedy: .*fashion_mnist\(FOLDER\)"):
+        vision.fashion_mnist()
+    assert not (tmp_path / "kept").exists()

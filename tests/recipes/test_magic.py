@@ -16,6 +16,8 @@ CONFIG = ROOT / "configs" / "attribution" / "magic_fashion_mnist.toml"
 SMALL = [
     "data.train_size=200", "data.test_size=60", "model.widths=[8]", "training.epochs=3", "training.batch_size=50",
     "method.fractions=[0.05]", "method.subsets=8", "method.cost_queries=4", "descent.validation=30", "descent.steps=2",
+    "descent.heldout.kind=fashion_mnist_excerpt", "descent.heldout.test_size=60", "descent.cutoffs=[0, 0.9, 100]",
+    "descent.objective=margin",
     "descent.training.epochs=6", "descent.training.batch_size=50", "evaluation.queries=6", "evaluation.subsets=4",
     "width=9", "strategy=map",
 ]  # fmt: skip
@@ -62,7 +64,10 @@ def test_descent_is_what_it_says(finished):
     assert len(descent.accuracies) == len(descent.losses) == 3
     assert descent.losses[descent.step] == descent.losses.min()
     accuracies = np.array([summary[f"descend_accuracy{name}"] for name in ("_flipped", "", "_clean")])
-    np.testing.assert_allclose(accuracies, [descent.accuracies[0], descent.accuracies[descent.step], descent.clean])
+    np.testing.assert_allclose(accuracies, [descent.accuracies[0], descent.accuracy, descent.clean])
+    assert descent.cutoff in {0, 0.9}  # without any image nothing is learnt
+    if descent.cutoff == 0:
+        assert descent.accuracy == descent.accuracies[descent.step]
     np.testing.assert_allclose(accuracies * 30, np.round(accuracies * 30), atol=1e-4)  # of 30 images
     lost, regained = accuracies[2] - accuracies[0], accuracies[1] - accuracies[0]
     assert summary["descend_recovered_fraction"] * lost == pytest.approx(regained)
