@@ -5,7 +5,7 @@ Source: Ilyas and Engstrom 2025, "MAGIC: Near-optimal data attribution for deep 
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -185,6 +185,7 @@ def descend(
     optimizer: optax.GradientTransformation,
     steps: int,
     parametrisation: Parametrisation = "clip",
+    others: Sequence[tuple[Run, Inputs]] = (),
     monitor: Batch | None = None,
     directory: Path | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -195,8 +196,8 @@ def descend(
 
     `u ← u − update(∂f(θ_T(w(u)); heldout) / ∂u)`, with w = u, cut off at zero after each step, or w = ln(1 + e^u).
 
-    A step costs a replay with one query.  The derivative by a single weight is of the order of 1/n, so plain gradient
-    descent needs a rate of that many; `optax.sign_sgd(0.2)` and `optax.adam(0.1)` do not care, and
+    A step costs a replay with one query, for each run.  The derivative by a single weight is of the order of 1/n, so
+    plain gradient descent needs a rate of that many; `optax.sign_sgd(0.2)` and `optax.adam(0.1)` do not care, and
     `optax.normalize_by_update_norm` before `optax.scale(-rate * n**0.5)` keeps which weights matter more.
 
     Args:
@@ -207,6 +208,8 @@ def descend(
         optimizer: of the weights; an optax transformation.
         steps: how many.
         parametrisation: see above; `softplus` begins at `ln(e^w − 1)`, so weights must be positive.
+        others: more runs on the same examples, from other seeds: the objective is the mean over all runs, which has
+            less of what is peculiar to one.  Their own weights are not looked at.
         monitor: other examples, whose objective chooses among the steps' weights: those of `heldout` are soon fitted.
         directory: keeps every step; a killed descent that is called again goes on from there, to the same bits.
         identity: what else the run depends on, to refuse a directory of another.
@@ -226,21 +229,30 @@ def descend(
     state = _Step(np.int32(0), raw, optimizer.init(raw), path, empty, empty.copy())
     if directory is not None:
         parts = {"data": run.data, "order": run.order, "inputs": inputs, "heldout": heldout, "monitor": monitor}
+        parts |= {f"run {at}": (each.data, each.order, start) for at, (each, start) in enumerate(others, 2)}
         digests = {name: tree.digest(part) for name, part in parts.items()}
         identity = {**digests, "steps": steps, "parametrisation": parametrisation, **(identity or {})}
         state = params.load_params(directory, state, identity) if params.exists(directory) else state
+    runs = [(run, inputs), *others]
     queries = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], heldout)
     objective = jax.jit(lambda end, batch: output(end[1])(end[0], batch))
     with track(steps + 1, "descending", progress=progress) as report:
         report(int(state.number))
         for number in range(int(state.number), steps + 1):
-            here = inputs._replace(weights=_weights(state.raw, parametrisation))
-            found = replay.metagradient(output, run, here, queries, progress=False, **settings)
-            state.values[number] = found.values[0]
+            weights = _weights(state.raw, parametrisation)
+            value, watched, gradient = 0.0, 0.0, jnp.zeros_like(weights)
+            for each, start in runs:
+                found = replay.metagradient(
+                    output, each, start._replace(weights=weights), queries, progress=False, **settings
+                )
+                value += float(found.values[0]) / len(runs)
+                gradient += found.weights[:, 0] / len(runs)
+                if monitor is not None:
+                    watched += float(objective(found.trained, monitor)) / len(runs)
+            state.values[number], state.path[number] = value, weights
             if monitor is not None:
-                state.monitored[number] = objective(found.trained, monitor)
-            state.path[number] = here.weights
-            raw, moments = _update(optimizer, state, found.weights[:, 0], parametrisation)
+                state.monitored[number] = watched
+            raw, moments = _update(optimizer, state, gradient, parametrisation)
             state = state._replace(number=np.int32(number + 1), moments=moments, raw=raw)
             if directory is not None:
                 params.save_params(directory, state, identity)

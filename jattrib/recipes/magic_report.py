@@ -236,9 +236,10 @@ def _method(results: Results) -> tuple[str, ...]:
         f"{config.evaluation.alpha:.0%}, {config.evaluation.seeds} seeds each.",
         f"Cost: seconds of a metagradient over seconds of the same training, both compiled, on {rundir.device()}.",
         f"Descent: {descent.flipped:.0%} of the labels are moved to a random other class; {descent.steps} steps along "
-        f"the metagradient of the mean {descent.objective} on {descent.validation:,} validation images, each of a root "
-        f"mean square of {descent.rate:g}. Accuracies are those of {descent.training.epochs} epochs at a rate of "
-        f"{descent.training.learning_rate:g}; all settings were chosen at other seeds.",
+        f"the metagradient of the mean {descent.objective} on {descent.validation:,} validation images, over "
+        f"{descent.runs} short runs, each step of a root mean square of {descent.rate:g}. Accuracies are those of "
+        f"{descent.training.epochs} epochs at a rate of {descent.training.learning_rate:g}; all settings were chosen "
+        "at other seeds.",
     )
 
 

@@ -20,7 +20,7 @@ from jattrib.metrics import lds, mislabelled
 from jattrib.recipes import build, experiment
 from jattrib.recipes import config as configs
 from jattrib.recipes.experiment import FixedTruth, Task, Truth
-from jattrib.train import replay
+from jattrib.train import ensemble, replay
 from jattrib.train.loop import Plan
 from jattrib.train.replay import Run
 
@@ -57,6 +57,7 @@ class Descent(configs.Room, frozen=True):
         heldout: whose test images validate and measure; those of the recipe's own data when left out.
         validation: test images that training is to be good for; accuracy is measured on the others.
         objective: of descent, on the validation images: their cross-entropy, or their margins, which need fewer.
+        runs: short ones, from different seeds; their mean objective is descended.
         steps: of descent.
         rate: the root mean square of the change of the weights in a step.
         cutoffs: the ones to choose from; 0 leaves out nothing that has any weight.
@@ -67,6 +68,7 @@ class Descent(configs.Room, frozen=True):
     heldout: configs.Data | None = None
     validation: configs.Count = 500
     objective: Literal["loss", "margin"] = "margin"
+    runs: configs.Count = 1
     steps: configs.Count = 6
     rate: configs.Positive = 0.15
     cutoffs: Annotated[tuple[configs.NonNegative, ...], Meta(min_length=1)] = (0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
@@ -218,12 +220,14 @@ def descend(config: Config, task: Task, folder: Path) -> Descended:
         for part in (slice(settings.validation), slice(settings.validation, None))
     )
     members, key = experiment.paired(config, task)
-    noisy, inputs = replay.member(members, (train.inputs, labels), key[0])
+    seeds = np.arange(settings.runs)
+    keys = ensemble.member_keys(task.keys["counterfactual"], seeds, np.zeros_like(seeds))
+    (noisy, inputs), *others = (replay.member(members, (train.inputs, labels), each) for each in keys)
     objective = magic.MeanLoss if settings.objective == "loss" else magic.MarginLoss
     found = magic.descend(
         partial(objective, members.model.apply), noisy, inputs, held,
         optimizer=optax.chain(optax.normalize_by_update_norm(), optax.scale(-settings.rate * len(labels) ** 0.5)),
-        steps=settings.steps, directory=folder / "descent", identity=task.identity,
+        steps=settings.steps, others=others, directory=folder / "descent", identity=task.identity,
     )  # fmt: skip
     plan = Plan(settings.training.epochs, settings.training.batch_size, len(labels))
     members = members._replace(plan=plan, optimizer=build.optimizer(settings.training, plan.steps))

@@ -249,6 +249,25 @@ def test_one_step_of_descent_is_one_of_gradient_descent(data):
     np.testing.assert_allclose(found.values[1], value(jnp.asarray(stepped)), rtol=1e-4)
 
 
+def test_descent_on_several_runs_is_descent_on_their_mean(data):
+    members = group()
+    runs = [replay.member(members, data[0], jax.random.key(seed)) for seed in (3, 4)]
+    held = jax.tree.map(lambda leaf: jnp.asarray(leaf[:100]), data[1])
+    output = partial(magic.MeanLoss, members.model.apply)
+    queries = jax.tree.map(lambda leaf: leaf[None], held)
+    each = [replay.metagradient(output, run, inputs, queries, progress=False) for run, inputs in runs]
+    gradient = sum(found.weights[:, 0] for found in each) / 2
+    rate = 0.5 / float(jnp.abs(gradient).max())
+    (run, inputs), other = runs
+    found = magic.descend(
+        output, run, inputs, held, optimizer=optax.sgd(rate), steps=1, others=[other], monitor=held, progress=False
+    )
+    np.testing.assert_allclose(found.values[0], np.mean([one.values[0] for one in each]), rtol=1e-6)
+    np.testing.assert_allclose(found.monitored, found.values, rtol=1e-5)
+    np.testing.assert_allclose(found.path[1], 1 - rate * np.asarray(gradient), rtol=1e-5)
+    assert np.abs(np.asarray(each[0].weights - each[1].weights)).max() > 0.1 * float(jnp.abs(gradient).max())
+
+
 def test_the_margin_loss_is_minus_the_mean_log_odds(data):
     members = group()
     params, state = members.model.init(jax.random.key(1))

@@ -17,7 +17,7 @@ SMALL = [
     "data.train_size=200", "data.test_size=60", "model.widths=[8]", "training.epochs=3", "training.batch_size=50",
     "method.fractions=[0.05]", "method.subsets=8", "method.cost_queries=4", "descent.validation=30", "descent.steps=2",
     "descent.heldout.kind=fashion_mnist_excerpt", "descent.heldout.test_size=60", "descent.cutoffs=[0, 0.9, 100]",
-    "descent.objective=margin",
+    "descent.objective=margin", "descent.runs=2",
     "descent.training.epochs=6", "descent.training.batch_size=50", "evaluation.queries=6", "evaluation.subsets=4",
     "width=9", "strategy=map",
 ]  # fmt: skip
