@@ -205,7 +205,7 @@ def callable_tree(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def digest(x: PyTree) -> str:

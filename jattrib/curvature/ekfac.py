@@ -154,8 +154,7 @@ def covariances(
 def moments(layers: Layers, loss: Sampled | Observed, params: Params, numbered: Batch, valid: Any) -> Fold:
     """Return the sums of `covariances` as a statistic, of a batch of such shapes; its arrays may be abstract."""
     update = jax.tree_util.Partial(_moments, layers, loss, params)
-    shapes = jax.eval_shape(update, numbered, valid)
-    return Fold(lambda: _zeros(shapes), update, lambda total: total)
+    return _sum(update, numbered, valid)
 
 
 def bases(found: Covariances) -> Bases:
@@ -183,8 +182,7 @@ def squares(
 ) -> Fold:
     """Return the sums of `eigenvalues` as a statistic; see `moments`.  Rotations are both sides' eigenvectors."""
     update = jax.tree_util.Partial(_squares, layers, loss, params, rotations)
-    shapes = jax.eval_shape(update, numbered, valid)
-    return Fold(lambda: _zeros(shapes), update, lambda total: total)
+    return _sum(update, numbered, valid)
 
 
 def inverse(
@@ -233,8 +231,11 @@ def _shapes(batch: Any, drop: int = 0) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[drop:], leaf.dtype), batch)
 
 
-def _zeros(shapes: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+def _sum(update: jax.tree_util.Partial, numbered: Batch, valid: Any) -> Fold:
+    """Return the statistic that adds up what `update` makes of such batches; its own arrays may be abstract."""
+    add = tree.callable_tree(update)
+    shapes = jax.eval_shape(lambda add, *batch: add(*batch), add, numbered, valid)
+    return Fold(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), add, lambda total: total)
 
 
 def _moments(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jattrib.core import mesh as meshes
-from jattrib.core import tree
+from jattrib.core import stream, tree
 from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.stream import InMemory
 from jattrib.curvature import ekfac
@@ -50,6 +50,22 @@ def test_one_layer_of_independent_factors_has_the_explicit_inverse(corrected):
     np.testing.assert_allclose(found, np.linalg.solve(fisher + ridge * np.eye(8), flat(vectors).T).T, rtol=1e-8)
     found = flat(ekfac.inverse(factors, damping=0.3)(vectors))
     np.testing.assert_allclose(found, np.linalg.solve(fisher + 0.3 * np.eye(8), flat(vectors).T).T, rtol=1e-8)
+
+
+def test_the_passes_of_abstract_parameters_compile():
+    """What a plan for hardware that is not there asks for: nothing but shapes."""
+    shape = jax.ShapeDtypeStruct
+    params = {"kernel": shape((3, 2), jnp.float64), "bias": shape((2,), jnp.float64)}
+    loss = ekfac.empirical_fisher(linear)
+    layers = taps.find(loss, params, ((shape((3,), jnp.float64), shape((2,), jnp.float64)), shape((), jnp.int32)))
+    rows = (shape((4, 3), jnp.float64), shape((4, 2), jnp.float64)), shape((4,), jnp.int32)
+    moments = ekfac.moments(layers, loss, params, rows, shape((4,), bool))
+    sides = jax.eval_shape(moments.init)
+    assert [[side.shape for side in both] for both in sides.values()] == [[(1, 4, 4), (1, 2, 2)]]  # the bias is an input
+    rotations = {name: tuple(shape(side.shape, side.dtype) for side in both) for name, both in sides.items()}
+    squares = ekfac.squares(layers, rotations, loss, params, rows, shape((4,), bool))
+    for statistic in (moments, squares):
+        assert stream.lower_fold(statistic, rows, chunk=4).compile().memory_analysis() is not None
 
 
 def test_sides_that_are_too_wide_keep_their_own_basis(monkeypatch):
