@@ -61,8 +61,8 @@ def test_the_passes_of_abstract_parameters_compile():
     rows = (shape((4, 3), jnp.float64), shape((4, 2), jnp.float64)), shape((4,), jnp.int32)
     moments = ekfac.moments(layers, loss, params, rows, shape((4,), bool))
     sides = jax.eval_shape(moments.init)
-    assert [[side.shape for side in both] for both in sides.values()] == [[(1, 4, 4), (1, 2, 2)]]  # the bias is an input
-    rotations = {name: tuple(shape(side.shape, side.dtype) for side in both) for name, both in sides.items()}
+    assert [[side.shape for side in both] for both in sides.values()] == [[(1, 4, 4), (1, 2, 2)]]  # a bias, too
+    rotations = {name: tuple(jnp.zeros(side.shape) for side in both) for name, both in sides.items()}
     squares = ekfac.squares(layers, rotations, loss, params, rows, shape((4,), bool))
     for statistic in (moments, squares):
         assert stream.lower_fold(statistic, rows, chunk=4).compile().memory_analysis() is not None
