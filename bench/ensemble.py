@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from bench import harness
+from jattrib.core import mesh as meshes
 from jattrib.data import masks as subset_masks
 from jattrib.data import vision
 from jattrib.models.mlp import mlp
@@ -37,7 +38,7 @@ def run() -> list[harness.Row]:
     )
     strategy = next(iter(ensemble.choose(members, tuple(train), masks, keys)))
     members = members._replace(strategy=strategy)
-    threads = sorted({1, harness.cores()})
+    threads = sorted({1, meshes.cores()})
     sides: dict[str, Callable[[], Any]] = {"ours": lambda: ensemble.train(members, tuple(train), masks, keys)}
     sides |= {str(count): torch_loop(train, masks, count) for count in threads}
     timings = harness.compare(sides, calls=3)

@@ -10,7 +10,6 @@ first call of each side, which compiles, is timed apart and not counted.
 import argparse
 import importlib.util
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -174,11 +173,6 @@ def require(*modules: str) -> None:
         )
 
 
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def peak_memory(target: str, *arguments: Any) -> Peak:
     """Return the memory of a fresh process that does some work.
 
@@ -231,9 +225,9 @@ def main(run: Callable[[], Sequence[Result]], title: str) -> None:
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON lines")
     out = parser.parse_args().out
     rows = run()
-    show(rows, title)
     if out is not None:
         write(rows, out)
+    show(rows, title)
 
 
 def _plain(row: Result) -> Mapping[str, Any]:

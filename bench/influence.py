@@ -24,6 +24,7 @@ import optax
 
 from bench import harness
 from jattrib.attribution import influence
+from jattrib.core import mesh as meshes
 from jattrib.core import stream
 from jattrib.core.types import Params
 from jattrib.curvature import ekfac
@@ -106,7 +107,7 @@ def package(kind: str, empirical: bool = True) -> Callable[[], np.ndarray]:
 
     from bench.peers import kronfluence, traker
 
-    torch.set_num_threads(harness.cores())
+    torch.set_num_threads(meshes.cores())
     torch.manual_seed(0)
     _, params, _, train, queries = trained(kind)
     layers = [params["layers"][str(number)] for number in range(len(params["layers"]))]

@@ -22,6 +22,7 @@ import numpy as np
 
 from bench import harness
 from jattrib.attribution import elastic_net, surrogate
+from jattrib.core import mesh as meshes
 from jattrib.data import masks as subset_masks
 
 MASKS, COLUMNS, TARGETS = 2000, 5000, 500
@@ -56,7 +57,7 @@ def run() -> list[dict[str, Any]]:
                 "case": f"LASSO path, {MASKS:,} x {COLUMNS:,}, {TARGETS} targets, {PATH.count} penalties",
                 "ours": timings["ours"].median,
                 "other": timings[name].median * scale,
-                "other_name": f"{name}, {harness.cores()} processes",
+                "other_name": f"{name}, {meshes.cores()} processes",
                 "ratio": timings["ours"].median / (timings[name].median * scale),
                 "unit": "s",
                 "device": harness.device(),
@@ -99,7 +100,7 @@ def paths(name: str, masks: np.ndarray, outputs: np.ndarray) -> Any:
 
     design, _ = standardized(masks)
     work = (delayed(one)(name, design, outputs[:, target]) for target in range(outputs.shape[1]))
-    return Parallel(n_jobs=harness.cores(), max_nbytes=None)(work)  # celer takes no read-only memory
+    return Parallel(n_jobs=meshes.cores(), max_nbytes=None)(work)  # celer takes no read-only memory
 
 
 def one(name: str, design: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

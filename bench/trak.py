@@ -22,6 +22,7 @@ import numpy as np
 
 from bench import ensemble, harness
 from jattrib.attribution import trak
+from jattrib.core import mesh as meshes
 from jattrib.core import store, stream
 from jattrib.data import vision
 from jattrib.models.mlp import mlp
@@ -94,7 +95,7 @@ def package(variant: str, batch: int) -> Callable[[], Any]:
 
     from bench.peers import traker
 
-    torch.set_num_threads(harness.cores())
+    torch.set_num_threads(meshes.cores())
     params, _ = mlp(SIZES[0], SIZES[1:-1], SIZES[-1]).init(jax.random.key(0))
     folder = tempfile.TemporaryDirectory()
     found = traker.make(

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from bench import harness
+from jattrib.core import mesh as meshes
 from jattrib.data import vision
 from jattrib.models.mlp import mlp
 from jattrib.unlearning import dmm, finetune
@@ -31,7 +32,7 @@ def run() -> list[harness.Row]:
     own = finetune.logits(problem.apply, models, problem.data[0][chosen.examples])
     shift = np.random.default_rng(0).standard_normal(own.shape[1:])
     targets = dmm.direct(own, shift)
-    threads = sorted({1, harness.cores()})
+    threads = sorted({1, meshes.cores()})
     sides: dict[str, Callable[[], Any]] = {"ours": lambda: dmm.match(problem, models, chosen, targets, keys).params}
     loops = {count: torch_loop(problem, models, chosen, targets, keys, count) for count in threads}
     timings = harness.compare(sides | {str(count): loop for count, loop in loops.items()}, calls=3)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import torch
 
-from bench import harness
+from jattrib.core import mesh as meshes
 
 SEED = 0
 
@@ -37,7 +37,7 @@ def on_cpu(x: np.ndarray, dim: int) -> tuple[dict[str, Peer], dict[str, Peer]]:
     from sklearn.random_projection import GaussianRandomProjection, SparseRandomProjection
     from trak import projectors as traker
 
-    torch.set_num_threads(harness.cores())
+    torch.set_num_threads(meshes.cores())
     rows, size, device = torch.from_numpy(x), x.shape[1], torch.device("cpu")
     dense, sparse = {}, {}
     for block, how in ((100, "as it comes"), (dim, "whole matrix kept")):

@@ -33,7 +33,6 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jattrib.core import mesh as meshes
-from jattrib.train import chunk
 
 SIZES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 """Sizes of working sets, each compiled once; a target that needs more works on all columns."""
@@ -190,7 +189,7 @@ def descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None
         mesh: where targets are.
     """
     count = targets.energy.shape[0]
-    workers = min(chunk.cores(), count // GROUP) if mesh is None and jax.default_backend() == "cpu" else 1
+    workers = min(meshes.cores(), count // GROUP) if mesh is None and jax.default_backend() == "cpu" else 1
     if workers <= 1:
         return _descend(problem, targets, rule, mesh=mesh)
 

@@ -1,8 +1,8 @@
 """Releases of the compiler that compute wrong numbers without a word.
 
-Some faults of a compiler are not found by looking at results: the derivative of a softmax, pulled back for many queries
-at once, was right for the first of them and wrong for the others.  The project does not install such a release; who has
-it from elsewhere is told.
+Some faults of a compiler are not found by looking at results: the derivative of layer normalisation, pulled back for
+many queries at once, was right for the first of them and wrong for the others.  The project does not install such a
+release; who has it from elsewhere is told.
 """
 
 import warnings

@@ -1,5 +1,6 @@
 """The one place that names devices: meshes, partition specs, placing and fetching."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,6 +15,11 @@ from jattrib.core.types import Batch
 
 DATA = "data"
 """The axis of a mesh over which rows (examples, models) are spread: its first."""
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:

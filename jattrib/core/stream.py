@@ -101,7 +101,8 @@ def lower_fold(statistic: Fold, batch: Batch, *, chunk: int, mesh: Mesh | None =
 
     `update` is a `jax.tree_util.Partial`, whose arrays may be abstract: those with a sharding on the mesh are split.
     """
-    update, (function, batch) = statistic.update, _abstract(statistic.update, batch, chunk, mesh)
+    update = tree.callable_tree(statistic.update)
+    function, batch = _abstract(update, batch, chunk, mesh)
     split = meshes.is_split(update, mesh)
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

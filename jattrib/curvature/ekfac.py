@@ -153,8 +153,7 @@ def covariances(
 
 def moments(layers: Layers, loss: Sampled | Observed, params: Params, numbered: Batch, valid: Any) -> Fold:
     """Return the sums of `covariances` as a statistic, of a batch of such shapes; its arrays may be abstract."""
-    update = jax.tree_util.Partial(_moments, layers, loss, params)
-    return _sum(update, numbered, valid)
+    return _sum(jax.tree_util.Partial(_moments, layers, loss, params), numbered, valid)
 
 
 def bases(found: Covariances) -> Bases:
@@ -181,8 +180,7 @@ def squares(
     layers: Layers, rotations: Rotations, loss: Sampled | Observed, params: Params, numbered: Batch, valid: Any
 ) -> Fold:
     """Return the sums of `eigenvalues` as a statistic; see `moments`.  Rotations are both sides' eigenvectors."""
-    update = jax.tree_util.Partial(_squares, layers, loss, params, rotations)
-    return _sum(update, numbered, valid)
+    return _sum(jax.tree_util.Partial(_squares, layers, loss, params, rotations), numbered, valid)
 
 
 def inverse(
@@ -235,7 +233,9 @@ def _sum(update: jax.tree_util.Partial, numbered: Batch, valid: Any) -> Fold:
     """Return the statistic that adds up what `update` makes of such batches; its own arrays may be abstract."""
     add = tree.callable_tree(update)
     shapes = jax.eval_shape(lambda add, *batch: add(*batch), add, numbered, valid)
-    return Fold(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), add, lambda total: total)
+    return Fold(
+        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), update, lambda total: total
+    )
 
 
 def _moments(

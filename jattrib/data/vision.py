@@ -143,8 +143,9 @@ def fashion_mnist_excerpt() -> tuple[Dataset, Dataset]:
 def _fetched() -> Path:
     """Return the folder of all of Fashion-MNIST: the package's, or that in the cache, which is filled if need be."""
     folder = debian.cache() / "fashion-mnist"
-    if DEBIAN_PATH.is_dir() or folder.is_dir():
-        return DEBIAN_PATH if DEBIAN_PATH.is_dir() else folder
+    for place in (DEBIAN_PATH, folder):
+        if place.is_dir():
+            return place
     names = [name for pair in FASHION_MNIST_FILES.values() for name in pair]
     inside = DEBIAN_PATH.relative_to("/")
     contents = debian.fetch(

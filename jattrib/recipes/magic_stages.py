@@ -153,9 +153,8 @@ def check(config: Config) -> None:
     Raises:
         InvalidInputError: more are asked for than there are.
     """
-    own = config.data
-    counts = {room: len(build.load_data(room)[1].labels) for room in (own, config.descent.heldout or own)}
-    count, held = counts[own], counts[config.descent.heldout or own]
+    rooms = (config.data, config.descent.heldout or config.data)
+    count, held = (len(build.load_data(room)[1].labels) for room in rooms)
     for name, value, most, there in (
         ("descent.validation", config.descent.validation, held - 1, held),
         ("method.cost_queries", config.method.cost_queries, count, count),

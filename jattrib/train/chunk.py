@@ -4,7 +4,6 @@ Every strategy gives the same models to rounding, and with one strategy and one 
 whichever place of whichever chunk it is trained.
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from jattrib.core import mesh as meshes
 from jattrib.core.types import Batch
 from jattrib.models.model import Model
 from jattrib.train import loop
@@ -83,7 +83,7 @@ def _core_by_core(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"
     def row(mask: Bool[Array, " n"], key: Key[Array, ""]) -> Rows:
         return jax.block_until_ready(train_on_one_core(ensemble, operand, mask, key))
 
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(meshes.cores()) as pool:
         return _stack(pool.map(row, masks, keys))
 
 
@@ -149,8 +149,3 @@ def _finish(outputs: Callable[[loop.Trained], PyTree], trained: loop.Trained) ->
 
 
 _finish_jitted = jax.jit(_finish)
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -174,7 +174,7 @@ def fit(
     if ensemble.width is not None:
         each = meshes.padded_size(ensemble.width, devices) // devices
     else:
-        most = min(-(-count // devices), 4 * chunk.cores() if ensemble.strategy in chunk.CALLS else MOST)
+        most = min(-(-count // devices), 4 * meshes.cores() if ensemble.strategy in chunk.CALLS else MOST)
         each = fits.widest(lambda width: held(width).total, most, capacity)
     return fits.Fit(each * devices, -(-count // (each * devices)), devices, held(each), capacity)
 
@@ -197,7 +197,7 @@ def _memory(
         return fits.memory(stream.lower_rows(run, operand, batch, chunk=each * meshes.width(mesh), mesh=mesh).compile())
     mask, key = jax.ShapeDtypeStruct((n,), bool), jax.eval_shape(lambda: jax.random.key(0))
     one = fits.memory(chunk.train_on_one_core.lower(ensemble, operand, mask, key).compile())
-    at_once = chunk.cores() if ensemble.strategy == "threads" else 1
+    at_once = meshes.cores() if ensemble.strategy == "threads" else 1
     return fits.Memory(one.arguments, each * one.outputs, at_once * one.temporaries)
 
 

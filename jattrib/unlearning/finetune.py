@@ -19,7 +19,7 @@ from jattrib.core import tree
 from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.types import Batch, Params
 from jattrib.models.model import Apply
-from jattrib.train import chunk, loop
+from jattrib.train import loop
 
 
 class Models(NamedTuple):
@@ -266,7 +266,7 @@ def _tune_on_cores(loss: loop.LossFn, optimizer: str, rows: Batch, each: tuple[M
         mine = jax.tree.map(lambda leaf: leaf[number], each)
         return jax.block_until_ready(_tune_on_one_core(loss, optimizer, rows, *mine))
 
-    with ThreadPoolExecutor(chunk.cores()) as pool:
+    with ThreadPoolExecutor(meshes.cores()) as pool:
         found = list(pool.map(run, range(each[0].size)))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
