@@ -41,7 +41,7 @@ class ResNet(nnx.Module):
 
 
 def transformer(style, layers=2, *, scan=True):
-    config = gpt.Config(style, vocabulary=7, context=6, width=4, layers=layers, heads=2, hidden=6, scale=0.5, scan=scan)
+    config = gpt.Config(style, vocabulary=7, context=6, width=8, layers=layers, heads=2, hidden=6, scale=0.5, scan=scan)
     return gpt.decoder(config)
 
 
@@ -163,7 +163,7 @@ def adamw(hyper):
 
 
 HYPER = {
-    sgd: RATES,
+    sgd: RATES / 4,
     momentum: RATES,
     adam: {"rates": RATES, "b1": np.asarray(0.8)},
     adamw: {"rates": RATES, "decay": np.asarray(0.1)},
