@@ -23,7 +23,7 @@ from jattrib.train.loop import Plan
 
 SIZES = (784, 64, 10)
 MODELS = 16
-PLAN = Plan(epochs=5, batch_size=250, size=2500)
+PLAN = Plan(epochs=30, batch_size=250, size=2500)
 TRAINING = config.Training()
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import tempfile
+from pathlib import Path
 
 # Many tests, the workers that share them and the processes that some of them start compile the same programs.  What is
 # compiled for hardware that is not there, in an environment that has its compilers, cannot be read back.
@@ -39,3 +40,12 @@ def shapes_unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_let_go():
+    """A compiled program is a dozen maps of memory, of which a process may hold so many: past them, it crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
@@ -69,6 +70,14 @@ def train_chunk(ensemble: Ensemble, operand: Operand, members: Mapping[str, Any]
     run = {"vmap": _side_by_side, "map": _one_by_one, "threads": _core_by_core, "steps": _step_by_step}
     found = run[ensemble.strategy](ensemble, operand, jnp.asarray(members["masks"]), keys)
     return {**found, "names": members["names"]}
+
+
+def row_like(ensemble: Ensemble, operand: Operand, n: int) -> dict[str, PyTree]:
+    """Return shapes and dtypes of one member's rows, with their leading axis, of masks of n examples."""
+    mask, key = jax.ShapeDtypeStruct((n,), bool), jax.eval_shape(lambda: jax.random.key(0))
+    one = train_on_one_core.eval_shape(ensemble, operand, mask, key)
+    names = jax.ShapeDtypeStruct((32,), np.uint8)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), {**one, "names": names})
 
 
 def _side_by_side(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> Rows:
@@ -134,9 +143,10 @@ def _one_step(ensemble: Ensemble, data: Batch, weights: Any, carry: loop.Carry, 
 def _train_member(ensemble: Ensemble, operand: Operand, mask: Bool[Array, " n"], key: Key[Array, ""]) -> Rows:
     outputs, data = operand
     start = _start(ensemble, mask, key)
+    loss = loop.classification_loss(ensemble.model)
     trained = loop.train(
-        loop.classification_loss(ensemble.model), ensemble.optimizer, start.initial, data, start.order,
-        weights=start.weights, epochs=ensemble.plan.epochs,
+        loop.narrow(loss) if ensemble.strategy == "threads" else loss, ensemble.optimizer, start.initial, data,
+        start.order, weights=start.weights, epochs=ensemble.plan.epochs,
     )  # fmt: skip
     return _finish(outputs, trained)
 

@@ -99,8 +99,7 @@ def collect(
     ensemble = ensemble._replace(width=None)  # compiled for shapes, not for a setting
     members = _MemberSource(masks, keys)
     operand = (tree.callable_tree(outputs), data)
-    shapes = partial(chunk.train_chunk, ensemble._replace(strategy="vmap"))  # quick to trace, and alike
-    like = jax.eval_shape(shapes, operand, members.take(np.arange(1)))
+    like = chunk.row_like(ensemble, operand, masks.shape[1])
     into = None
     if directory is not None:
         into = store.Rows.create_or_open(

@@ -90,6 +90,26 @@ def classification_loss(model: Model) -> LossFn:
     return loss
 
 
+NARROW = 64
+"""Columns up to which the gradient of a matrix is a slow product on a core: they do not fill its registers."""
+
+
+def narrow(loss: LossFn) -> LossFn:
+    """Return the same loss with narrow matrices turned on their side within it, for a program of one core.
+
+    The gradient of a matrix W of few columns, `XᵀG`, is then computed as `GᵀX`, a third faster, and turned back.
+    """
+
+    def turned(leaf: Array) -> Array:
+        is_narrow = leaf.ndim == 2 and leaf.shape[1] <= NARROW
+        return jax.lax.optimization_barrier(leaf.T).T if is_narrow else leaf
+
+    def over(params: Params, state: Any, batch: Batch) -> tuple[Float[Array, " b"], Any]:
+        return loss(jax.tree.map(turned, params), state, batch)
+
+    return over
+
+
 def schedule(key: Key[Array, ""], mask: Bool[Array, " n"], plan: Plan) -> Schedule:
     """Draw the order of a run: for each epoch, a fresh permutation of the examples that the mask includes.
 
@@ -99,11 +119,12 @@ def schedule(key: Key[Array, ""], mask: Bool[Array, " n"], plan: Plan) -> Schedu
     slots = jnp.arange(plan.steps_per_epoch * plan.batch_size)
     count = jnp.minimum(plan.size, mask.sum())
     valid = slots < count
+    included = jnp.flatnonzero(mask, size=plan.size, fill_value=0)
 
     def epoch(key: Key[Array, ""]) -> Int[Array, " slots"]:
         draws = jax.random.bits(key, mask.shape, jnp.uint32) >> 1
         last = jnp.asarray(2**32 - 1, jnp.uint32)
-        order = _argsort(jnp.where(mask, draws, last))
+        order = included[_argsort(jnp.where(jnp.arange(plan.size) < count, draws[included], last))]
         return order.at[slots % jnp.maximum(count, 1)].get(mode="promise_in_bounds")
 
     indices = jax.vmap(epoch)(jax.random.split(key, plan.epochs))

@@ -254,9 +254,9 @@ def _tune_one(
     return Models(trained.params, trained.state)
 
 
-_tune_on_one_core = jax.jit(
-    _tune_one, static_argnums=(0, 1), compiler_options={"xla_cpu_multi_thread_eigen": False}
-)  # fmt: skip
+@partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_cpu_multi_thread_eigen": False})
+def _tune_on_one_core(loss: loop.LossFn, optimizer: str, rows: Batch, *each: Any) -> Models:
+    return _tune_one(loop.narrow(loss), optimizer, rows, *each)
 
 
 def _tune_on_cores(loss: loop.LossFn, optimizer: str, rows: Batch, each: tuple[Models, Any, Steps, Any]) -> Models:
