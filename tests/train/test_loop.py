@@ -43,15 +43,16 @@ def problem(x64):
     return model, params, state, inputs, labels
 
 
+@pytest.mark.parametrize("form", [lambda loss: loss, loop.narrow], ids=["plain", "narrow"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_training_is_gradient_descent_on_the_weighted_mean_of_each_batch(problem, weighted):
+def test_training_is_gradient_descent_on_the_weighted_mean_of_each_batch(problem, weighted, form):
     model, params, state, inputs, labels = problem
     mask = np.ones(12, bool)
     mask[[3, 7]] = False
     order = loop.schedule(jax.random.key(2), jnp.asarray(mask), PLAN)
     weights = np.random.default_rng(1).uniform(0, 2, 12) if weighted else np.ones(12)
     trained = loop.train(
-        loop.classification_loss(model), optax.sgd(0.3, momentum=0.9), (params, state),
+        form(loop.classification_loss(model)), optax.sgd(0.3, momentum=0.9), (params, state),
         (jnp.asarray(inputs), jnp.asarray(labels)), order, weights=jnp.asarray(weights) if weighted else None, epochs=3,
     )  # fmt: skip
     layer = params["layers"]["0"]
@@ -61,6 +62,36 @@ def test_training_is_gradient_descent_on_the_weighted_mean_of_each_batch(problem
     np.testing.assert_allclose(trained.params["layers"]["0"]["kernel"], kernel, rtol=1e-12)
     np.testing.assert_allclose(trained.params["layers"]["0"]["bias"], bias, rtol=1e-11)
     np.testing.assert_allclose(trained.losses, losses.reshape(3, -1).mean(1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [3, loop.NARROW, loop.NARROW + 1])
+def test_a_narrow_loss_is_the_same_function(x64, columns):
+    rng = np.random.default_rng(columns)
+    kernel, inputs = jnp.asarray(rng.normal(size=(7, columns))), jnp.asarray(rng.normal(size=(4, 7)))
+
+    def loss(params, state, batch):
+        return jnp.sin(batch @ params).sum(axis=1), state
+
+    def derivatives(loss):
+        of = lambda kernel: loss(kernel, (), inputs)[0]  # noqa: E731
+        return of(kernel), jax.jacrev(of)(kernel), jax.jacfwd(of)(kernel)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), derivatives(loop.narrow(loss)), derivatives(loss)
+    )
+
+
+def test_the_order_is_that_of_random_words_for_every_example():
+    """A mask takes examples out of an epoch's order, and moves no other: the words do not depend on it."""
+    n, plan = 40, loop.Plan(epochs=2, batch_size=8, size=24)
+    mask = np.random.default_rng(2).permutation(n) < plan.size
+    order = loop.schedule(jax.random.key(9), jnp.asarray(mask), plan)
+    for epoch, key in zip(
+        np.asarray(order.indices).reshape(2, -1), jax.random.split(jax.random.key(9), 2), strict=True
+    ):
+        words = np.asarray(jax.random.bits(key, (n,), jnp.uint32)) >> 1
+        ranked = np.argsort(words, kind="stable")
+        np.testing.assert_array_equal(epoch, ranked[mask[ranked]])
 
 
 def test_each_epoch_is_a_permutation_of_the_masked_examples():
