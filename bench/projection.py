@@ -7,7 +7,8 @@ Three kinds of rows:
 * *speed*: the same rows to the same number of features, ours and everyone else's by turns, the fastest of the others
   first.  On a CPU they are `traker`'s, `dattri`'s and scikit-learn's; on a CUDA GPU `fast_jl` and the SJLT of `dattri`,
   where they are installed (see `peers.projectors`); on both, the textbook's CountSketch in JAX.  Ours makes its matrix
-  in every call.
+  in every call.  On a CPU the sketch is called by itself, where all cores share it, and is compared with itself inside
+  a jitted program.
 * *ceiling*: the sketch beside a copy, in bytes moved a second; dense beside a matrix product in the type in which it
   multiplies, in operations a second.  The ratio is the fraction of the ceiling.  A float32 number takes three passes of
   a GPU's bfloat16 matrix unit: there, a third is all that dense can reach.
@@ -84,8 +85,11 @@ def speeds(
         x, key = cases.operands(case)
         dense, others, absent = peers(x, case.dim)
         plain = case.copies == 1  # of several copies, nobody else has the like, and dense has none
-        sides = {"sketch": Side(partial(_jitted(sketch_projection, case, backend=backend, copies=case.copies), x, key))}
-        sides["copy"] = Side(copier(x))
+        inside = _jitted(sketch_projection, case, backend=backend, copies=case.copies)
+        alone = partial(sketch_projection, dim=case.dim, backend=backend, copies=case.copies)
+        shared = jax.default_backend() == "cpu"  # where a call by itself is of all cores
+        sides = {"sketch": Side(partial(alone if shared else inside, x, key)), "copy": Side(copier(x))}
+        sides |= {"inside": Side(partial(inside, x, key))} if shared else {}
         if plain:
             sides["dense"] = Side(partial(_jitted(dense_projection, case, backend=backend), x, key))
             sides["product"] = Side(multiplier(product, x.dtype))
@@ -101,6 +105,13 @@ def speeds(
                 other_name="a copy", note=note,
             )
         )  # fmt: skip
+        if shared:
+            rows.append(
+                harness.rates(
+                    f"{case.name}: sketch {_shape(case)}, inside a program", timings["inside"], timings["sketch"],
+                    work=case.n, unit="rows/s", other_name="called by itself", note=note,
+                )
+            )  # fmt: skip
         if not plain:
             continue
         rows += _beside(f"{case.name}: sketch {_shape(case)}", "sketch", dense | others, timings, case.n, note)

@@ -1,11 +1,13 @@
 """What the operations share at their doors: which implementation runs, what may be passed, and what `vmap` does."""
 
+import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 Backend = Literal["auto", "reference", "pallas_tpu", "pallas_gpu", "interpret"]
 
@@ -113,6 +115,16 @@ def in_32_bits(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
             return f(*args)
 
     return traced
+
+
+def cores(*operands: Any) -> int:
+    """Return how many cores may share a call: one under a transformation, on an accelerator, or on several devices."""
+    if any(isinstance(operand, Tracer) for operand in operands):
+        return 1
+    devices = {device for operand in operands if isinstance(operand, jax.Array) for device in operand.devices()}
+    if jax.default_backend() != "cpu" or len(devices) > 1 or any(device.platform != "cpu" for device in devices):
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ceil_to(size: int, unit: int) -> int:

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
 from jattrib_kernels.random import Stream, fold_in
 from jattrib_kernels.sketch_projection import (
+    api,
     cases,
     classic,
     pallas_gpu,
@@ -46,6 +48,20 @@ def recovered(case, backend, key=KEY):
     forth = sketch_projection(jax.nn.one_hot(some, case.p, dtype=case.dtype), key, case.dim, **where)
     back = sketch_projection_transpose(jnp.eye(case.dim, dtype=case.dtype), key, case.p, **where)
     return some, np.asarray(forth), np.asarray(back)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("n", "threads"), [(20, 3), (7, 2), (5, 4), (3, 3), (300, 2)])
+def test_parts_on_threads_are_the_same_bits(monkeypatch, x64, n, threads, dtype):
+    rows = jax.random.normal(jax.random.key(n), (n, 700), dtype)
+    whole = jax.jit(lambda x: sketch_projection(x, KEY, 96))(rows)
+    concrete = lambda *operands: 1 if any(isinstance(each, Tracer) for each in operands) else threads  # noqa: E731
+    monkeypatch.setattr(api, "cores", concrete)
+    monkeypatch.setattr(api, "PART", 1)
+    asked, on_one_core = [], api._on_one_core
+    monkeypatch.setattr(api, "_on_one_core", lambda *given: asked.append(given) or on_one_core(*given))
+    np.testing.assert_array_equal(sketch_projection(rows, KEY, 96), whole)
+    assert len(asked) == -(-n // -(-n // threads))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,7 +1,8 @@
 """Checks, the choice of an implementation, and the derivative of the sketch."""
 
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jattrib_kernels.backend import (
     check_key,
     check_rows,
     check_size,
+    cores,
     for_rows,
     in_32_bits,
     offset_word,
@@ -20,6 +22,9 @@ from jattrib_kernels.backend import (
 )
 from jattrib_kernels.random import Stream, fold_in
 from jattrib_kernels.sketch_projection import reference
+
+PART = 1 << 20
+"""Numbers that make a part for another core worth its thread."""
 
 
 def sketch_projection(
@@ -53,6 +58,8 @@ def sketch_projection(
     collide with probability 1/k, so `Var_s = Var/s + (1 − 1/s)(‖x‖²‖x'‖² + ⟨x, x'⟩²)/k`.  More copies do not lower the
     variance; they thin the tails, since no single collision of two large coordinates counts in full.
 
+    On a CPU each core takes a part of the rows, where the call is not part of a jitted program.
+
     Source: Charikar, Chen and Farach-Colton 2002 (CountSketch); Kane and Nelson 2014, section 3 (s > 1).  Signs and
     rotations by blocks replace their hash of every coordinate.
 
@@ -74,8 +81,38 @@ def sketch_projection(
     check_rows("x", x)
     check_size("dim", dim)
     check_size("copies", copies)
-    keys, offset = _seeds(key, block_offset)
-    return _project(dim, x.shape[1], x.dtype, copies, _chosen(backend, x.dtype, dim), x, keys, offset)
+    check_key(key)
+    offset, chosen = offset_word("block_offset", block_offset), _chosen(backend, x.dtype, dim)
+    parts = min(cores(x, key, offset), x.size // PART) if chosen == "reference" else 1
+    if parts > 1:
+        return _core_by_core(parts, jnp.asarray(x), key, offset, dim=dim, copies=copies)
+    return _project(dim, x.shape[1], x.dtype, copies, chosen, x, _streams(key), offset)
+
+
+def _core_by_core(parts: int, x: jax.Array, key: jax.Array, offset: jax.Array, *, dim: int, copies: int) -> jax.Array:
+    """Sketch an equal part of the rows on each core, each in a program of one thread: cores do not wait for each other.
+
+    The programs of JAX's CPU divide single operations, which are too short here: two cores are no faster then than one.
+    """
+    n = x.shape[0]
+    count = -(-n // parts)
+    parts = -(-n // count)
+
+    def part(number: int) -> jax.Array:
+        with jax.enable_x64(x.dtype == jnp.float64):  # a thread has settings of its own
+            first = min(number * count, n - count)  # the last part repeats rows of the one before
+            return jax.block_until_ready(_on_one_core(count, dim, copies, x, key, offset, first))
+
+    *found, last = _threads(parts).map(part, range(parts))
+    return jnp.concatenate([*found, last[parts * count - n :]])
+
+
+_threads = cache(ThreadPoolExecutor)  # kept, and with it the memory that threads have asked for
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), compiler_options={"xla_cpu_multi_thread_eigen": False})
+def _on_one_core(count, dim, copies, x, key, offset, first):
+    return reference.project_some(x, _streams(key), offset, first, count=count, dim=dim, copies=copies)
 
 
 def sketch_projection_transpose(
@@ -106,14 +143,14 @@ def sketch_projection_transpose(
     check_rows("y", y)
     check_size("size", size)
     check_size("copies", copies)
-    keys, offset = _seeds(key, block_offset)
-    return _transpose(y.shape[1], size, y.dtype, copies, _chosen(backend, y.dtype, y.shape[1]), y, keys, offset)
-
-
-def _seeds(key: jax.Array, block_offset: Any) -> tuple[jax.Array, jax.Array]:
     check_key(key)
+    offset, chosen = offset_word("block_offset", block_offset), _chosen(backend, y.dtype, y.shape[1])
+    return _transpose(y.shape[1], size, y.dtype, copies, chosen, y, _streams(key), offset)
+
+
+def _streams(key: jax.Array) -> jax.Array:
     streams = jnp.array([Stream.SKETCH_SIGNS, Stream.SKETCH_ROTATIONS], jnp.uint32)
-    return jnp.stack(fold_in((key[0], key[1]), streams), axis=1), offset_word("block_offset", block_offset)
+    return jnp.stack(fold_in((key[0], key[1]), streams), axis=1)
 
 
 def _chosen(backend: Backend, dtype: jnp.dtype, dim: int) -> Backend:

@@ -22,7 +22,7 @@ from jattrib_kernels.random import fold_in, threefry2x32
 BLOCKS = 64
 """Consecutive blocks whose signs come from the same hashes."""
 
-_TILE = 1 << 18  # entries of a tile's sum: it stays in the second-level cache of a core
+_TILE = 1 << 15  # entries of a tile's sum, twice the row's own: it stays in the caches of a core
 
 
 def copy_keys(key: jax.Array, copies: int) -> jax.Array:
@@ -65,11 +65,18 @@ def project(x: jax.Array, keys: jax.Array, offset: jax.Array, *, dim: int, copie
         dim: block length and number of buckets k.
         copies: independent sketches s, summed and divided by √s.
     """
-    n, p = x.shape
+    return project_some(x, keys, offset, 0, count=x.shape[0], dim=dim, copies=copies)
+
+
+def project_some(
+    x: jax.Array, keys: jax.Array, offset: jax.Array, first: jax.Array | int, *, count: int, dim: int, copies: int
+) -> jax.Array:
+    """Return the sketch of `count` rows of `x`, from row `first` on."""
+    p = x.shape[1]
     dtype = accumulator(x.dtype)
     signs, turns = _tables(keys, offset, blocks=-(-p // dim), dim=dim, copies=copies)
     full, rest = divmod(p, dim)
-    rows = min(n, max(8, _TILE // (2 * dim)))
+    rows = min(count, max(8, _TILE // (2 * dim)))
 
     def add(part: jax.Array, i: jax.Array | int, y: jax.Array) -> jax.Array:
         sigma, turn = signs(i), turns(i)
@@ -82,27 +89,29 @@ def project(x: jax.Array, keys: jax.Array, offset: jax.Array, *, dim: int, copie
 
     def tile(start: jax.Array | int) -> jax.Array:
         def step(i: jax.Array | int, y: jax.Array) -> jax.Array:
-            return add(lax.dynamic_slice(x, (start, i * dim), (rows, dim)), i, y)
+            return add(lax.dynamic_slice(x, (first + start, i * dim), (rows, dim)), i, y)
 
         # 2k columns, folded at the end: a rotation is a contiguous window.  One block is added before the loop, so that
         # y varies over the same mesh axes throughout under `shard_map`.
         y = jnp.zeros((rows, 2 * dim), dtype)
         if rest:
-            part = lax.dynamic_slice(x, (start, full * dim), (rows, rest))
+            part = lax.dynamic_slice(x, (first + start, full * dim), (rows, rest))
             y = add(jnp.pad(part, ((0, 0), (0, dim - rest))), full, y)
         else:
             y = step(0, y)
-        first = 0 if rest else 1
-        y = lax.fori_loop(first, full, step, y) if first < full else y
+        done = 0 if rest else 1
+        y = lax.fori_loop(done, full, step, y) if done < full else y
         return (y[:, :dim] + y[:, dim:]) * jnp.asarray(1 / math.sqrt(copies), dtype)
 
-    if rows == n:
+    if rows == count:
         return tile(0)
-    whole = -(-n // rows) * rows
-    tiles = lax.map(lambda i: tile(jnp.minimum(i * rows, n - rows)), jnp.arange(whole // rows))
+    whole = -(-count // rows) * rows
+    tiles = lax.map(lambda i: tile(jnp.minimum(i * rows, count - rows)), jnp.arange(whole // rows))
     # The last tile starts early enough to be full, and repeats rows of the one before.
     return (
-        jnp.concatenate([tiles[:-1].reshape(-1, dim), tiles[-1, whole - n :]]) if whole > n else tiles.reshape(n, dim)
+        jnp.concatenate([tiles[:-1].reshape(-1, dim), tiles[-1, whole - count :]])
+        if whole > count
+        else tiles.reshape(count, dim)
     )
 
 
