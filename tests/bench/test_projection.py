@@ -11,7 +11,7 @@ def test_rows_compare_with_a_copy_a_product_and_everyone_else_fastest_first(monk
         dense = {"slow": projection.Side(lambda: None), "fast": projection.Side(lambda: None)}
         return dense, {}, ["nobody is installed"]
 
-    times = {"sketch": 1.0, "copy": 4.0, "dense": 2.0, "product": 3.0, "slow": 8.0, "fast": 6.0}
+    times = {"sketch": 1.0, "inside": 5.0, "copy": 4.0, "dense": 2.0, "product": 3.0, "slow": 8.0, "fast": 6.0}
     monkeypatch.setattr(projection, "peers", others)
     monkeypatch.setattr(
         projection, "timed",
@@ -21,6 +21,7 @@ def test_rows_compare_with_a_copy_a_product_and_everyone_else_fastest_first(monk
     ratios = {(row.case.partition(", ")[0].split()[1], row.other_name): row.ratio for row in rows}
     assert ratios == {
         ("sketch", "a copy"): 2.0,  # a copy writes as much as it reads
+        ("sketch", "called by itself"): 0.2,
         ("sketch", "fast"): 6.0,
         ("sketch", "slow"): 8.0,
         ("sketch", "CountSketch, scattered by XLA"): 9.0,
