@@ -76,7 +76,7 @@ def test_matching_goes_where_the_subset_models_say(saved, forget, tmp_path, monk
     assert max(jax.tree.leaves(moved)) > 0
     np.testing.assert_array_equal(found.train.labels, first.train.labels)
     # The trained halves are kept: the same command trains none.
-    monkeypatch.setattr(chunk, "train_on_one_core", None)
+    monkeypatch.setattr(chunk, "_core_by_core", None)
     again = unlearn.unlearn(saved, forget, out, subset_models=16)
     assert again["margin_forgotten_after"] == pytest.approx(summary["margin_forgotten_after"], abs=1e-4)
 
