@@ -7,7 +7,6 @@
 One process at a time works in a directory.  Seconds are kept every few seconds, so that a kill loses hardly any.
 """
 
-import os
 import platform
 import re
 import threading
@@ -167,10 +166,11 @@ def device() -> str:
     """Say in words what JAX computes on, as in `cpu (2 cores)` or `4 x NVIDIA H200`."""
     import jax
 
+    from jattrib.core.mesh import cores
+
     devices = jax.devices()
     if devices[0].platform == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return f"cpu ({cores} cores)" if len(devices) == 1 else f"cpu ({cores} cores as {len(devices)} devices)"
+        return f"cpu ({cores()} cores)" if len(devices) == 1 else f"cpu ({cores()} cores as {len(devices)} devices)"
     return devices[0].device_kind if len(devices) == 1 else f"{len(devices)} x {devices[0].device_kind}"
 
 

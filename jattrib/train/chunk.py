@@ -74,10 +74,14 @@ def train_chunk(ensemble: Ensemble, operand: Operand, members: Mapping[str, Any]
 
 def row_like(ensemble: Ensemble, operand: Operand, n: int) -> dict[str, PyTree]:
     """Return shapes and dtypes of one member's rows, with their leading axis, of masks of n examples."""
-    mask, key = jax.ShapeDtypeStruct((n,), bool), jax.eval_shape(lambda: jax.random.key(0))
-    one = train_on_one_core.eval_shape(ensemble, operand, mask, key)
+    one = train_on_one_core.eval_shape(ensemble, operand, *member_like(n))
     names = jax.ShapeDtypeStruct((32,), np.uint8)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), {**one, "names": names})
+
+
+def member_like(n: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Return the shapes and dtypes of a member's mask of n examples and of its key."""
+    return jax.ShapeDtypeStruct((n,), bool), jax.eval_shape(lambda: jax.random.key(0))
 
 
 def _side_by_side(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> Rows:

@@ -194,8 +194,7 @@ def _memory(
         batch = {name: jax.ShapeDtypeStruct((1, *shape), dtype) for name, (shape, dtype) in rows.items()}
         run = partial(chunk.train_chunk, ensemble)
         return fits.memory(stream.lower_rows(run, operand, batch, chunk=each * meshes.width(mesh), mesh=mesh).compile())
-    mask, key = jax.ShapeDtypeStruct((n,), bool), jax.eval_shape(lambda: jax.random.key(0))
-    one = fits.memory(chunk.train_on_one_core.lower(ensemble, operand, mask, key).compile())
+    one = fits.memory(chunk.train_on_one_core.lower(ensemble, operand, *chunk.member_like(n)).compile())
     at_once = meshes.cores() if ensemble.strategy == "threads" else 1
     return fits.Memory(one.arguments, each * one.outputs, at_once * one.temporaries)
 
