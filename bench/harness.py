@@ -94,15 +94,18 @@ class Peak(NamedTuple):
     before: float
 
 
-def compare(sides: Mapping[str, Callable[[], Any]], *, calls: int = 5) -> dict[str, Timing]:
+def compare(
+    sides: Mapping[str, Callable[[], Any]], *, calls: int = 5, before: Callable[[], Any] | None = None
+) -> dict[str, Timing]:
     """Time functions by turns; JAX arrays that they return are waited for.
 
     Args:
         sides: what to time, by name.
         calls: how many calls of each count; one more comes before, and is reported as `first`.
+        before: called before each call that counts, and not timed.
     """
     first = [_seconds(side) for side in sides.values()]
-    taken = np.array([[_seconds(side) for side in sides.values()] for _ in range(calls)])
+    taken = np.array([[_seconds(side, before) for side in sides.values()] for _ in range(calls)])
     return {name: _timing(taken[:, column], first[column]) for column, name in enumerate(sides)}
 
 
@@ -234,7 +237,9 @@ def _plain(row: Result) -> Mapping[str, Any]:
     return row._asdict() if isinstance(row, Row) else row
 
 
-def _seconds(function: Callable[[], Any]) -> float:
+def _seconds(function: Callable[[], Any], before: Callable[[], Any] | None = None) -> float:
+    if before is not None:
+        jax.block_until_ready(before())
     begun = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - begun

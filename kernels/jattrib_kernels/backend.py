@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 
@@ -65,7 +66,7 @@ def check_size(name: str, size: int) -> None:
         )
 
 
-def offset_word(name: str, offset: jax.Array | int) -> jax.Array:
+def offset_word(name: str, offset: jax.Array | int) -> jax.Array | np.uint32:
     """Return an offset as a uint32 scalar; a Python integer must fit into one.
 
     Raises:
@@ -81,7 +82,7 @@ def offset_word(name: str, offset: jax.Array | int) -> jax.Array:
             expected="an integer scalar",
             remedy="pass one offset a call; vmap over several",
         )
-    return jnp.asarray(offset, jnp.uint32)
+    return np.uint32(offset) if isinstance(offset, int) else jnp.asarray(offset, jnp.uint32)
 
 
 def for_rows(backend: Backend, dtype: jnp.dtype) -> Backend:

@@ -17,6 +17,9 @@ def test_rows_compare_with_a_copy_a_product_and_everyone_else_fastest_first(monk
         projection, "timed",
         lambda sides, **_: {name: harness.Timing(*[times.get(name, 9.0)] * 4, 3) for name in sides},
     )  # fmt: skip
+    monkeypatch.setattr(
+        projection, "uncached", lambda sides, **_: {name: harness.Timing(*[10 * times[name]] * 4, 3) for name in sides}
+    )
     rows = projection.speeds((Case("one", 8, 512, 128),), backend="reference", sustain=0, product=16)
     ratios = {(row.case.partition(", ")[0].split()[1], row.other_name): row.ratio for row in rows}
     assert ratios == {
@@ -29,6 +32,8 @@ def test_rows_compare_with_a_copy_a_product_and_everyone_else_fastest_first(monk
         ("dense", "fast"): 3.0,
         ("dense", "slow"): 4.0,
     }
+    (fresh,) = [row for row in rows if "no cache" in row.case]
+    assert (fresh.ours, fresh.other) == (pytest.approx(8 / 10.0), pytest.approx(8 / 60.0))
     assert [row.other_name for row in rows if "the fastest other" in row.case] == ["fast", "fast"]
     assert "nobody is installed" in rows[0].note
     assert rows[0].ours == pytest.approx(8 * 512 * 4 / 1e9)

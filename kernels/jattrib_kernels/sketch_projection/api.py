@@ -103,8 +103,11 @@ def _core_by_core(parts: int, x: jax.Array, key: jax.Array, offset: jax.Array, *
             first = min(number * count, n - count)  # the last part repeats rows of the one before
             return jax.block_until_ready(_on_one_core(count, dim, copies, x, key, offset, first))
 
-    *found, last = _threads(parts).map(part, range(parts))
-    return jnp.concatenate([*found, last[parts * count - n :]])
+    others = [_threads(parts - 1).submit(part, number) for number in range(1, parts)]
+    found = [part(0), *(other.result() for other in others)]
+    if parts * count > n:
+        found[-1] = found[-1][parts * count - n :]
+    return jnp.concatenate(found)
 
 
 _threads = cache(ThreadPoolExecutor)  # kept, and with it the memory that threads have asked for
