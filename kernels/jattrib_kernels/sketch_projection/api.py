@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jattrib_kernels.backend import (
     Backend,
@@ -89,7 +90,9 @@ def sketch_projection(
     return _project(dim, x.shape[1], x.dtype, copies, chosen, x, _streams(key), offset)
 
 
-def _core_by_core(parts: int, x: jax.Array, key: jax.Array, offset: jax.Array, *, dim: int, copies: int) -> jax.Array:
+def _core_by_core(
+    parts: int, x: jax.Array, key: jax.Array, offset: jax.Array | np.uint32, *, dim: int, copies: int
+) -> jax.Array:
     """Sketch an equal part of the rows on each core, each in a program of one thread: cores do not wait for each other.
 
     The programs of JAX's CPU divide single operations, which are too short here: two cores are no faster then than one.
