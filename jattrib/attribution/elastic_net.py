@@ -37,11 +37,14 @@ from jattrib.core import mesh as meshes
 SIZES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 """Sizes of working sets, each compiled once; a target that needs more works on all columns."""
 
-GROUP = 16
+GROUP = 64
 """Targets that go through their rounds together on a device, at most."""
 
-GROUP_BYTES = 2**28
+GROUP_BYTES = 2**29
 """What their parts of the Gram matrix may take."""
+
+SHARE = 16
+"""Targets that are worth a core of their own."""
 
 TOGETHER = 8
 """Targets whose steps on their working sets an accelerator takes side by side: each waits for the slowest of them."""
@@ -189,7 +192,7 @@ def descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None
         mesh: where targets are.
     """
     count = targets.energy.shape[0]
-    workers = min(meshes.cores(), count // GROUP) if mesh is None and jax.default_backend() == "cpu" else 1
+    workers = min(meshes.cores(), count // SHARE) if mesh is None and jax.default_backend() == "cpu" else 1
     if workers <= 1:
         return _descend(problem, targets, rule, mesh=mesh)
 
@@ -213,7 +216,7 @@ def _descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | Non
         bucket = np.searchsorted(sizes, needs)
         size = sizes[bucket[needs > 0].min()]
         waiting = np.flatnonzero((needs > 0) & (bucket == sizes.index(size)))
-        width = devices * _width(size, problem.rows.itemsize)
+        width = devices * min(_width(size, problem.rows.itemsize), len(needs) // devices)
         group = waiting[np.argsort(stages[waiting], kind="stable")][:width]
         least = width // devices // 2 if len(waiting) > len(group) else 0
         places = np.full(width, len(needs))
