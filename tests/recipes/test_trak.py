@@ -156,12 +156,11 @@ def test_an_altered_store_is_refused_by_name(tmp_path, capsys):
         time.sleep(0.01)
     kill(process)
     outputs = directory / "resume" / "subsets" / "margins"
-    largest = max(
-        (path for path in (outputs / "arrays").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
-    )
-    content = bytearray(largest.read_bytes())
+    files = [path for path in (outputs / "arrays").rglob("*") if path.is_file()]
+    finished = max(files, key=lambda path: (path.stat().st_size, -path.stat().st_mtime_ns))  # the kill may cut a later
+    content = bytearray(finished.read_bytes())
     content[-3] ^= 1
-    largest.write_bytes(content)
+    finished.write_bytes(content)
     code, seen = invoke(capsys, directory)
     assert code != 0
     assert "damaged" in seen
