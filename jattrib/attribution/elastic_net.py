@@ -4,26 +4,25 @@ In standardised columns, and for each target of its own, it minimises
 
     ½ ‖y − X w‖² + α ‖w‖₁ + ½ β ‖w‖².
 
-All targets go in step: each says which vector it wants to know `XᵀX v` of, one product of matrices answers them all,
-and each goes on from its answer.  So nearly all of the time is in products of matrices, whatever the targets do.
+A round solves each target's problem on a working set of columns, whose part of the Gram matrix is gathered and kept as
+long as it suffices, and then makes one product with the whole of it, for all targets together: the duality gap says
+whether a target goes on to its next penalty, the gradient which columns its working set lacked.  On the working set the
+method is a primal-dual active set (a semismooth Newton method) with conjugate gradients: from a point w with gradient g
+and D the diagonal of `XᵀX`, the active set is where `|D w − g| > α`, its signs are those of `D w − g`, and on it the
+minimiser solves a linear system.  From one penalty to the next the solution, and with it the gradient, is extrapolated:
+both are piecewise linear.
 
-A target moves by a semismooth Newton method (a primal-dual active set) with conjugate gradients: from a point w with
-gradient g and D the diagonal of `XᵀX`, the active set is where `|D w − g| > α`, its signs are those of `D w − g`, and
-on it the minimiser solves a linear system.  Newton's method may cycle where columns depend on one another.  Of a step
-only a part along which the objective is certain to fall is taken, and where that is little, plain steps follow, twice
-as many each time: every column moves to where it alone would be least, as far as all of them together help.  They
-converge from anywhere.
-
-Gradients move with the weights, and are computed anew, from the residual, before a target goes on to its next penalty:
-the duality gap is then that of the weights.  From one penalty to the next the solution, and with it the gradient, is
-extrapolated: both are piecewise linear.
+Newton's method may cycle where columns depend on one another.  Of a step only the part along which the objective falls
+is taken; where that is little, sweeps over the columns follow, twice as many each time: they converge from
+anywhere.
 
 Source: Hintermüller, Ito and Kunisch 2002 (primal-dual active sets are semismooth Newton steps); Griesse and Lorenz
-2008 (for this problem); Fercoq, Gramfort and Salmon 2015 (the dual point of the gap); Tseng and Yun 2009 (plain steps
-with a line search converge).
+2008 (for this problem); Fercoq, Gramfort and Salmon 2015 (the dual point of the gap); Massias, Gramfort and Salmon 2018
+(working sets); Tseng 2001 (minimising over one column at a time converges).
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -35,30 +34,47 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jattrib.core import mesh as meshes
 
-FEWEST = 32
-"""Targets in step on a device: with fewer left, products take as long."""
+SIZES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Sizes of working sets, each compiled once; a target that needs more works on all columns."""
 
-REDUCTION = 0.25
+GROUP = 64
+"""Targets that go through their rounds together on a device, at most."""
+
+GROUP_BYTES = 2**29
+"""What their parts of the Gram matrix may take."""
+
+SHARE = 16
+"""Targets that are worth a core of their own."""
+
+TOGETHER = 8
+"""Targets whose steps on their working sets an accelerator takes side by side: each waits for the slowest of them."""
+
+MARGIN = 0.8
+"""Columns whose gradient is above this part of the penalty enter a working set with those above the whole."""
+
+REDUCTION = 0.05
 """Of the residual of a linear system, at which its conjugate gradients end."""
 
 CONJUGATE_STEPS = 40
 """At most so many of them for one system."""
 
+HALVINGS = 24
+"""Of the interval that holds the best part of a step."""
+
 SHORT = 0.2
-"""Of a Newton step, what part must help for no plain step to follow."""
+"""Of a step, what part must help for no sweep to follow."""
 
-MOVES = 16
-"""With so many moves a gradient is computed anew."""
+SLOPE = 0.1
+"""Of the objective's slope at the beginning of a step, which may be left, upwards, at the end of a whole one."""
 
-CHECKS = 120
-"""Of the gap at one penalty, before a target is given up there: it is then above the tolerance, and is reported."""
+NEWTON_STEPS = 16
+"""At most so many in one round."""
+
+ROUNDS = 60
+"""At one penalty, before a target is given up there: its gap is then above the tolerance, and is reported."""
 
 SAFETY = 0.3
-"""Of the tolerance, at which the gap is worth a check."""
-
-CHECK, BEGIN, CONJUGATE, PLAIN = np.arange(4, dtype=np.int32)
-"""What a target wants its product for: the gradient at its weights; the gradient with the columns that a Newton step
-turns off at zero; a conjugate gradient; a plain step."""
+"""The working set's problem is solved to this part of the tolerance."""
 
 
 class Problem(NamedTuple):
@@ -66,7 +82,7 @@ class Problem(NamedTuple):
 
     Attributes:
         rows: X, its columns of mean 0.
-        gram: `XᵀX`, or None where products with the rows cost less, or it is too large to keep.
+        gram: `XᵀX`, or None where it is too large to keep.
         held_out: rows that are predicted and not fitted, in the same units.
         lipschitz: the largest eigenvalue of `XᵀX`, or a little more.
         energies: the diagonal of `XᵀX`.
@@ -123,7 +139,7 @@ class Solution(NamedTuple):
         chosen: which penalty that is: the one of the least held-out error, or the last.
         gaps: the relative duality gap at every penalty, against all columns; NaN where the target did not go so far.
         errors: the sum of squares over the held-out rows at every penalty; NaN likewise.
-        products: with the design, that it took.
+        rounds: how many products with the whole design it took.
         path: the weights at every penalty, if they were asked for.
     """
 
@@ -131,7 +147,7 @@ class Solution(NamedTuple):
     chosen: Int[Array, " t"]
     gaps: Float[Array, "t k"]
     errors: Float[Array, "t k"]
-    products: Int[Array, " t"]
+    rounds: Int[Array, " t"]
     path: Float[Array, "t p n"]
 
 
@@ -143,18 +159,10 @@ class _Lane(NamedTuple):
         gradient: `XᵀXw − Xᵀy`, without β's part.
         last_weights: those of the penalty before.
         last_gradient: likewise.
-        step: of Newton's, as far as it is known.
-        change: by how much it changes the gradient, without β's part.
-        wanted: the vector to be multiplied.
-        phase: what for.
-        norm: the square of the linear system's residual.
-        goal: at which it is solved.
-        steps: conjugate ones that it took.
-        plain: plain steps that are to follow.
-        bouts: of plain steps, so far.
-        moves: since the gradient was computed.
-        checks: at this penalty.
+        inside: the working set.
+        indices: its columns; n where there are fewer than its size.
         stage: which penalty.
+        tries: rounds at it.
         best: the least held-out error so far.
         record: what it leaves.
     """
@@ -163,18 +171,10 @@ class _Lane(NamedTuple):
     gradient: Float[Array, "*t n"]
     last_weights: Float[Array, "*t n"]
     last_gradient: Float[Array, "*t n"]
-    step: Float[Array, "*t n"]
-    change: Float[Array, "*t n"]
-    wanted: Float[Array, "*t n"]
-    phase: Int[Array, "*t"]
-    norm: Float[Array, "*t"]
-    goal: Float[Array, "*t"]
-    steps: Int[Array, "*t"]
-    plain: Int[Array, "*t"]
-    bouts: Int[Array, "*t"]
-    moves: Int[Array, "*t"]
-    checks: Int[Array, "*t"]
+    inside: Bool[Array, "*t n"]
+    indices: Int[Array, "*t w"]
     stage: Int[Array, "*t"]
+    tries: Int[Array, "*t"]
     best: Float[Array, "*t"]
     record: Solution
 
@@ -182,7 +182,8 @@ class _Lane(NamedTuple):
 def descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None = None) -> Solution:
     """Solve for every target along its penalties.
 
-    Where half of those in step have arrived, the others go on in half as many places.
+    Targets whose working sets are of one size go through their rounds in groups; a group ends when half of it needs
+    more, or is done.  Of many targets each core of a CPU takes a part.
 
     Args:
         problem: the design, whole on every device.
@@ -190,22 +191,47 @@ def descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None
         rule: when to go on.
         mesh: where targets are.
     """
-    lanes = _begin(problem, targets, rule, mesh=mesh)
-    count, devices = targets.energy.shape[0], meshes.width(mesh)
-    live = np.arange(count)
-    while len(live):
-        each, least = places(-(-len(live) // devices), most=count // devices)
-        at = np.full(each * devices, count)
-        at[: len(live)] = live
-        lanes, going = _advance(problem, targets, lanes, at, np.int32(least), rule=rule, mesh=mesh)
-        live = live[meshes.fetch(going)[: len(live)]]
+    count = targets.energy.shape[0]
+    workers = min(meshes.cores(), count // SHARE) if mesh is None and jax.default_backend() == "cpu" else 1
+    if workers <= 1:
+        return _descend(problem, targets, rule, mesh=mesh)
+
+    def work(places: Int[np.ndarray, " t"]) -> Solution:
+        with jax.enable_x64(problem.rows.dtype == jnp.float64):  # a thread has settings of its own
+            return _descend(problem, jax.tree.map(lambda leaf: leaf[places], targets), rule, mesh=None)
+
+    share = -(-count // workers)
+    places = np.minimum(np.arange(workers * share), count - 1).reshape(workers, share)
+    with ThreadPoolExecutor(workers) as pool:
+        found = list(pool.map(work, places))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count], *found)
+
+
+def _descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None) -> Solution:
+    n, devices = problem.rows.shape[1], meshes.width(mesh)
+    sizes = [*(size for size in SIZES if size < n), n]
+    lanes, needs = _begin(problem, targets, rule, mesh=mesh)
+    needs, stages = np.array(meshes.fetch(needs)), np.zeros(len(needs), np.int32)
+    while needs.any():
+        bucket = np.searchsorted(sizes, needs)
+        size = sizes[bucket[needs > 0].min()]
+        waiting = np.flatnonzero((needs > 0) & (bucket == sizes.index(size)))
+        width = devices * min(_width(size, problem.rows.itemsize), len(needs) // devices)
+        group = waiting[np.argsort(stages[waiting], kind="stable")][:width]
+        least = width // devices // 2 if len(waiting) > len(group) else 0
+        places = np.full(width, len(needs))
+        places[: len(group)] = group
+        lanes, needs_there, stages_there = _rounds(
+            problem, targets, lanes, places, np.int32(least), rule=rule, size=size, mesh=mesh
+        )
+        needs[group] = meshes.fetch(needs_there)[: len(group)]
+        stages[group] = meshes.fetch(stages_there)[: len(group)]
     return lanes.record
 
 
-def places(left: int, *, most: int) -> tuple[int, int]:
-    """Return how many places a device has for the targets that are left, and how few may be left there in the end."""
-    each = min(max(FEWEST, 1 << (left - 1).bit_length()), most)
-    return each, each // 2 if each > FEWEST else 0
+def _width(size: int, itemsize: int) -> int:
+    """Return how many targets go together on a device: as many as their parts of the Gram matrix leave room for."""
+    return int(np.clip(GROUP_BYTES // (size * size * itemsize), 8, GROUP))
 
 
 def relative_gap(
@@ -236,21 +262,26 @@ def relative_gap(
     return jnp.where(energy > 0, gap / jnp.maximum(0.5 * energy, tiny), 0)
 
 
-def _answers(problem: Problem, targets: Targets, lanes: _Lane) -> tuple[Float[Array, "t n"], Float[Array, "t h"]]:
-    """Return `XᵀX v` of the wanted vectors, less `Xᵀy` where they are weights; and what they predict of held-out rows.
-
-    With rows the residual is multiplied, since it rounds least.
-    """
-    is_check = (lanes.phase == CHECK)[:, None]
-    if problem.gram is not None:
-        answers = _product(lanes.wanted, problem.gram) - jnp.where(is_check, targets.correlation, 0)
-    else:
-        fitted = _product(lanes.wanted, problem.rows.T) - jnp.where(is_check, targets.outputs, 0)
-        answers = _product(fitted, problem.rows)
-    return answers, _product(lanes.wanted, problem.held_out.T)
+def product(problem: Problem, v: Float[Array, "*t n"]) -> Float[Array, "*t n"]:
+    """Return `XᵀX v`, by whichever is cheaper."""
+    gram = _cheap_gram(problem)
+    if gram is not None:
+        return jnp.matmul(v, gram, precision="highest")
+    return jnp.matmul(jnp.matmul(v, problem.rows.T, precision="highest"), problem.rows, precision="highest")
 
 
-_product = partial(jnp.matmul, precision="highest")
+def _gradient(problem: Problem, targets: Targets, weights: Float[Array, "t n"]) -> Float[Array, "t n"]:
+    """Return `Xᵀ(Xw − y)`: from the residual where products with the rows are as cheap, since it rounds least."""
+    if _cheap_gram(problem) is not None:
+        return product(problem, weights) - targets.correlation
+    residual = jnp.matmul(weights, problem.rows.T, precision="highest") - targets.outputs
+    return jnp.matmul(residual, problem.rows, precision="highest")
+
+
+def _cheap_gram(problem: Problem) -> Float[Array, "n n"] | None:
+    """Return the Gram matrix if a product with it costs no more than two with the rows."""
+    m, n = problem.rows.shape
+    return problem.gram if n <= 2 * m else None
 
 
 def _spread(function: Callable, mesh: Mesh | None, whole: int, split: int) -> Callable:
@@ -263,188 +294,315 @@ def _spread(function: Callable, mesh: Mesh | None, whole: int, split: int) -> Ca
 
 
 @partial(jax.jit, static_argnames=("rule", "mesh"))
-def _begin(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None) -> _Lane:
-    return _spread(partial(_begin_here, rule), mesh, 0, 1)(targets)
+def _begin(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None):
+    return _spread(partial(_begin_here, rule), mesh, 1, 1)(problem, targets)
 
 
-def _begin_here(rule: Rule, targets: Targets) -> _Lane:
-    """Return targets that want to know the gradient where they start."""
+def _begin_here(rule: Rule, problem: Problem, targets: Targets) -> tuple[_Lane, Int[Array, " t"]]:
     t, n = targets.start.shape
-    k, none, nothing = targets.alpha.shape[1], jnp.zeros(t, jnp.int32), jnp.zeros_like(targets.start)
+    k, none = targets.alpha.shape[1], jnp.zeros(t, jnp.int32)
+    gradient = _gradient(problem, targets, targets.start)
     unknown = jnp.full_like(targets.alpha, jnp.nan)
-    path = jnp.zeros((t, k if rule.keep_path else 0, n), nothing.dtype)
+    path = jnp.zeros((t, k if rule.keep_path else 0, n), gradient.dtype)
     record = Solution(targets.start, none, unknown, unknown, none, path)
-    return _Lane(
-        weights=targets.start, gradient=nothing, last_weights=targets.start, last_gradient=nothing, step=nothing,
-        change=nothing, wanted=targets.start, phase=none + CHECK, norm=jnp.zeros_like(targets.energy),
-        goal=jnp.zeros_like(targets.energy), steps=none, plain=none, bouts=none, moves=none, checks=none, stage=none,
-        best=jnp.full_like(targets.energy, jnp.inf), record=record,
+    lane = _Lane(
+        targets.start, gradient, targets.start, gradient, jnp.zeros((t, n), bool), jnp.zeros((t, 0), jnp.int32),
+        none, none, jnp.full_like(targets.energy, jnp.inf), record,
     )  # fmt: skip
+    return lane, _needs(targets, lane)
 
 
-@partial(jax.jit, static_argnames=("rule", "mesh"), donate_argnums=(2,))
-def _advance(
+@partial(jax.jit, static_argnames=("rule", "size", "mesh"), donate_argnums=(2,))
+def _rounds(
     problem: Problem, targets: Targets, lanes: _Lane, places: Int[Array, " w"], least: Int[Array, ""], *,
-    rule: Rule, mesh: Mesh | None,
-) -> tuple[_Lane, Bool[Array, " w"]]:  # fmt: skip
-    """Let the targets at some places go on until at most `least` a device are left, and say which those are.
-
-    Places beyond the last are padding.
-    """
-    count, last = targets.alpha.shape
+    rule: Rule, size: int, mesh: Mesh | None,
+):  # fmt: skip
+    """Let the targets at some places make rounds, and put them back; places beyond the last are padding."""
+    count = targets.energy.shape[0]
     some = tuple(jax.tree.map(lambda leaf: leaf[jnp.minimum(places, count - 1)], each) for each in (targets, lanes))
-    some = (some[0], some[1]._replace(stage=jnp.where(places < count, some[1].stage, last)))
+    stage = jnp.where(places < count, some[1].stage, targets.alpha.shape[1])
+    some = (some[0], some[1]._replace(stage=stage))
     if mesh is not None:
         some = jax.lax.with_sharding_constraint(some, meshes.rows(mesh))
-    moved = _spread(partial(_advance_here, rule), mesh, 2, 2)(problem, least, *some)
+    run = _spread(partial(_rounds_here, rule, size), mesh, 2, 2)
+    moved, needs = run(problem, least, *some)
     lanes = jax.tree.map(lambda old, new: old.at[places].set(new, mode="drop"), lanes, moved)
-    return lanes, moved.stage < last
+    return lanes, needs, moved.stage
 
 
-def _advance_here(rule: Rule, problem: Problem, least: Int[Array, ""], targets: Targets, lanes: _Lane) -> _Lane:
-    def going(lanes: _Lane) -> Bool[Array, ""]:
-        return jnp.sum(lanes.stage < targets.alpha.shape[1], dtype=jnp.int32) > least
+def _rounds_here(
+    rule: Rule, size: int, problem: Problem, least: Int[Array, ""], targets: Targets, lanes: _Lane
+) -> tuple[_Lane, Int[Array, " t"]]:
+    """Make rounds while more than `least` targets are to and a working set of `size` suffices them."""
+    t, n = targets.start.shape
+    everything = size == n
+    indices = jnp.broadcast_to(jnp.arange(n), (t, n)) if everything else jnp.full((t, size), n, jnp.int32)
+    lanes = lanes._replace(indices=indices, inside=jnp.full((t, n), everything))
+    grams = jnp.zeros((t, 0, 0) if everything else (t, size, size), lanes.weights.dtype)
 
-    def iterate(lanes: _Lane) -> _Lane:
-        answers, predicted = _answers(problem, targets, lanes)
+    def going(carry):
+        return jnp.sum(_live(carry[2], size), dtype=jnp.int32) > least
+
+    def iterate(carry):
+        lanes, grams, needs = carry
+        live = _live(needs, size)
+        if not everything:
+            lanes, grams = _gather(problem, targets, lanes, grams, live)
+        work = partial(_work, rule, problem)
+        together = None if jax.default_backend() == "cpu" else TOGETHER
+        weights = jax.lax.map(lambda each: work(*each), (targets, lanes, grams, live), batch_size=together)
+        gradient = _gradient(problem, targets, weights)
+        predicted = jnp.matmul(weights, problem.held_out.T, precision="highest")
         errors = jnp.sum(jnp.square(targets.held_out - predicted), axis=1)
-        return jax.vmap(partial(_go_on, problem, rule))(targets, lanes, answers, errors)
+        lanes = jax.vmap(partial(_judge, rule))(targets, lanes, live, weights, gradient, errors)
+        return lanes, grams, _needs(targets, lanes)
 
-    return jax.lax.while_loop(going, iterate, lanes)
-
-
-def _go_on(
-    problem: Problem, rule: Rule, target: Targets, lane: _Lane, answer: Float[Array, " n"], error: Float[Array, ""]
-) -> _Lane:
-    """Take a target from its product to the next that it wants: in few passes over its vectors, which cost as much."""
-    is_check, live = lane.phase == CHECK, lane.stage < target.alpha.shape[0]
-    moved, stays, continues = _move(problem, target, lane, answer)
-    alpha, beta = _penalties(target, moved.stage)
-    slope = moved.gradient + beta * moved.weights
-    gap = relative_gap(moved.weights, slope, target.correlation, target.energy, alpha)
-    judged = _judge(rule, target, moved, gap, error, live & is_check)
-    is_worth_a_check = ~is_check & ((gap <= SAFETY * rule.tolerance) | (moved.moves >= MOVES))
-    return _ask(problem, target, judged, stays, continues, is_worth_a_check)
+    lanes, _, needs = jax.lax.while_loop(going, iterate, (lanes, grams, _needs(targets, lanes)))
+    return lanes._replace(indices=jnp.zeros((t, 0), jnp.int32)), needs
 
 
-def _move(
-    problem: Problem, target: Targets, lane: _Lane, answer: Float[Array, " n"]
-) -> tuple[_Lane, Bool[Array, ""], Bool[Array, ""]]:
-    """Take a target's step as far as it is now known.
+def _live(needs: Int[Array, " t"], size: int) -> Bool[Array, " t"]:
+    return (needs > 0) & (needs <= size)
 
-    Also say whether it stays where it was, the step unfinished, and whether it is within a series of conjugate ones.
-    """
+
+def _penalties(target: Targets, stage: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return α and β at one stage; beyond the last, the last."""
+    at = jnp.minimum(stage, target.alpha.shape[0] - 1)
+    return target.alpha[at], target.beta[at]
+
+
+def _wanted(target: Targets, lane: _Lane, part: float = 1.0) -> Bool[Array, " n"]:
+    """Return which columns a target's working set must have."""
     alpha, beta = _penalties(target, lane.stage)
-    is_check, is_begin, is_conjugate, is_plain = (lane.phase == each for each in (CHECK, BEGIN, CONJUGATE, PLAIN))
-    signs = _signs(problem, lane.weights, lane.gradient, alpha, beta)
-    length, is_solved = _conjugate_length(problem, lane, answer, signs, beta)
-    length = jnp.where(is_conjugate, length, jnp.where(is_plain, 1, 0).astype(length.dtype))
-    step = jnp.where(is_plain, 0, lane.step) + length * lane.wanted
-    change = jnp.where(is_plain | is_begin, 0, lane.change) + jnp.where(is_begin, 1, length) * answer
-    part = _part(lane.weights, lane.gradient + beta * lane.weights, step, change + beta * step, alpha)
-    is_newton = is_conjugate & is_solved
-    moves = is_newton | is_plain
-    taken = jnp.where(moves, part, 0)
-    fails = is_newton & (part <= SHORT)
-    stays = ~(moves | is_check)
-    moved = lane._replace(
-        weights=lane.weights + taken * step,
-        gradient=jnp.where(is_check, answer, lane.gradient + taken * change),
-        step=jnp.where(stays, step, 0),
-        change=jnp.where(stays, change, 0),
-        plain=jnp.where(fails, 2 ** jnp.minimum(lane.bouts, 8), lane.plain - is_plain.astype(jnp.int32)),
-        bouts=lane.bouts + fails.astype(jnp.int32),
-        moves=jnp.where(is_check, 0, lane.moves + moves.astype(jnp.int32)),
-    )
-    return moved, stays, is_conjugate & ~is_solved
+    return (lane.weights != 0) | (jnp.abs(lane.gradient + beta * lane.weights) > part * alpha)
 
 
-def _ask(
-    problem: Problem,
-    target: Targets,
-    lane: _Lane,
-    stays: Bool[Array, ""],
-    continues: Bool[Array, ""],
-    is_worth_a_check: Bool[Array, ""],
-) -> _Lane:
-    """Say what a target wants to know next."""
-    alpha, beta = _penalties(target, lane.stage)
-    signs, slope = _signs(problem, lane.weights, lane.gradient, alpha, beta), lane.gradient + beta * lane.weights
-    residual = jnp.where(signs != 0, -(slope + lane.change + beta * lane.step + alpha * signs), 0)
-    norm = jnp.sum(residual * residual)
-    kept = jnp.where(continues, norm / jnp.where(lane.norm > 0, lane.norm, 1), 0)
-    turned_off = jnp.where(signs != 0, 0, -lane.weights)
-    phase = jnp.where(lane.plain > 0, PLAIN, jnp.where(jnp.any(turned_off != 0), BEGIN, CONJUGATE))
-    phase = jnp.where(stays, CONJUGATE, jnp.where(is_worth_a_check, CHECK, phase))
-    wanted = jnp.where(phase == BEGIN, turned_off, residual + kept * lane.wanted)
-    wanted = jnp.where(phase == PLAIN, _alone(problem.energies + beta, lane.weights, slope, alpha), wanted)
-    return lane._replace(
-        phase=phase,
-        wanted=jnp.where(phase == CHECK, lane.weights, wanted),
-        step=jnp.where(phase == BEGIN, turned_off, lane.step),
-        norm=norm,
-        goal=jnp.where(continues, lane.goal, REDUCTION**2 * norm),
-        steps=jnp.where(continues, lane.steps + 1, 0),
-    )
+def _needs(targets: Targets, lanes: _Lane) -> Int[Array, " t"]:
+    """Return how large a working set each target needs: 0 where it is done, 1 where what it has suffices."""
+
+    def one(target: Targets, lane: _Lane) -> Int[Array, ""]:
+        lacks = jnp.any(_wanted(target, lane) & ~lane.inside)
+        count = jnp.where(lacks, jnp.sum(_wanted(target, lane, MARGIN), dtype=jnp.int32), 1)
+        return jnp.where(lane.stage < target.alpha.shape[0], jnp.maximum(count, 1), 0)
+
+    return jax.vmap(one)(targets, lanes)
 
 
-def _signs(
-    problem: Problem, weights: Float[Array, " n"], gradient: Float[Array, " n"], alpha: Float[Array, ""],
-    beta: Float[Array, ""],
-) -> Float[Array, " n"]:  # fmt: skip
-    """Return the signs of the active set, and 0 elsewhere."""
-    shifted = problem.energies * weights - (gradient + beta * weights)
-    return jnp.where(jnp.abs(shifted) > alpha, jnp.sign(shifted), 0)
+def _gather(
+    problem: Problem, targets: Targets, lanes: _Lane, grams: Float[Array, "t w w"], live: Bool[Array, " t"]
+) -> tuple[_Lane, Float[Array, "t w w"]]:
+    """Choose a new working set, and take its part of the Gram matrix, where a target's lacks columns."""
+    n, size = lanes.weights.shape[1], grams.shape[1]
+    lacking = jax.vmap(lambda target, lane: jnp.any(_wanted(target, lane) & ~lane.inside))(targets, lanes)
+    lacking &= live
+    order = jnp.argsort(~lacking)
+
+    def one(number, carry):
+        inside, indices, grams = carry
+        at = order[number]
+        target, lane = (jax.tree.map(lambda leaf: leaf[at], each) for each in (targets, lanes))
+        wanted = _wanted(target, lane, MARGIN)
+        chosen = jnp.nonzero(wanted, size=size, fill_value=n)[0].astype(jnp.int32)
+        return inside.at[at].set(wanted), indices.at[at].set(chosen), grams.at[at].set(_part(problem, chosen))
+
+    carry = (lanes.inside, lanes.indices, grams)
+    inside, indices, grams = jax.lax.fori_loop(0, jnp.sum(lacking, dtype=jnp.int32), one, carry)
+    return lanes._replace(inside=inside, indices=indices), grams
 
 
-def _conjugate_length(
-    problem: Problem, lane: _Lane, answer: Float[Array, " n"], signs: Float[Array, " n"], beta: Float[Array, ""]
-) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-    """Return how far to go along a conjugate gradient, and whether the system is then solved well enough."""
-    changed = answer + beta * lane.wanted
-    curvature, squares = jnp.sum(lane.wanted * changed), jnp.sum(lane.wanted * lane.wanted)
-    curved = curvature > jnp.finfo(answer.dtype).eps * (problem.lipschitz + beta) * squares
-    length = jnp.where(curved, lane.norm / jnp.where(curved, curvature, 1), 0)
-    norm = length * length * jnp.sum(jnp.where(signs != 0, changed * changed, 0)) - lane.norm
-    return length, ~curved | (norm <= lane.goal) | (lane.steps + 1 >= CONJUGATE_STEPS)
+def _part(problem: Problem, chosen: Int[Array, " w"]) -> Float[Array, "w w"]:
+    if problem.gram is not None:
+        n = problem.gram.shape[0]
+        part = problem.gram.at[chosen[:, None], chosen[None, :]].get(mode="clip")
+        return jnp.where((chosen < n)[:, None] & (chosen < n)[None, :], part, 0)
+    columns = problem.rows.at[:, chosen].get(mode="fill", fill_value=0)
+    return jnp.matmul(columns.T, columns, precision="highest")
 
 
-def _part(
-    weights: Float[Array, " n"], slope: Float[Array, " n"], step: Float[Array, " n"], change: Float[Array, " n"],
-    alpha: Float[Array, ""],
-) -> Float[Array, ""]:  # fmt: skip
-    """Return what part of a step to take: the whole of it, or what is sure to help more.
-
-    With δ the objective's change in one step without its curvature κ, the part t changes it by at most `tδ + ½t²κ`,
-    since the penalty is convex, and the whole by `δ + ½κ`.
-    """
-    point = weights + step
-    sign = jnp.where(weights != 0, jnp.sign(weights), jnp.sign(step))
-    straight = step * (slope + alpha * sign)  # nothing cancels that is not small
-    across = step * slope + alpha * (jnp.abs(point) - jnp.abs(weights))
-    linear, curvature = jnp.sum(jnp.where(point * sign >= 0, straight, across)), jnp.sum(step * change)
-    best = jnp.clip(-linear / jnp.where(curvature > 0, curvature, 1), 0, 1)
-    best = jnp.where(curvature > 0, best, jnp.where(linear < 0, 1, 0).astype(best.dtype))
-    sure = best * linear + 0.5 * best * best * curvature
-    return jnp.where(linear + 0.5 * curvature <= sure, 1, best)
-
-
-def _alone(
-    curvature: Float[Array, " n"], weights: Float[Array, " n"], slope: Float[Array, " n"], alpha: Float[Array, ""]
+def _work(
+    rule: Rule, problem: Problem, target: Targets, lane: _Lane, gram: Float[Array, "w w"], live: Bool[Array, ""]
 ) -> Float[Array, " n"]:
-    """Return the step of every column to where it alone would be least."""
-    shifted = curvature * weights - slope
-    shrunk = jnp.sign(shifted) * jnp.maximum(jnp.abs(shifted) - alpha, 0)
-    return jnp.where(curvature > 0, shrunk / jnp.where(curvature > 0, curvature, 1), 0) - weights
+    """Return the weights that solve a target's problem on its working set."""
+    everything = gram.size == 0
+    take = (lambda leaf: leaf) if everything else lambda leaf: leaf.at[lane.indices].get(mode="fill", fill_value=0)
+    multiply = partial(product, problem) if everything else lambda v: jnp.matmul(gram, v, precision="highest")
+    column = partial(_column, problem) if everything else lambda at: gram[at]
+    alpha, beta = _penalties(target, lane.stage)
+    flat = jnp.finfo(lane.weights.dtype).eps * (problem.lipschitz + beta)
+    task = _Task(multiply, column, take(problem.energies), take(target.correlation), target.energy, alpha, beta, flat)
+    tolerance = jnp.where(live, SAFETY * rule.tolerance, jnp.inf)
+    weights = _minimise(task, take(lane.weights), take(lane.gradient), tolerance)
+    if everything:
+        return weights
+    return jnp.zeros_like(lane.weights).at[lane.indices].set(weights, mode="drop")
+
+
+def _column(problem: Problem, at: Int[Array, ""]) -> Float[Array, " n"]:
+    if problem.gram is not None:
+        return problem.gram[at]
+    return jnp.matmul(problem.rows[:, at], problem.rows, precision="highest")
+
+
+class _Task(NamedTuple):
+    """One target's problem at one penalty on some columns.
+
+    Attributes:
+        multiply: takes v to `XᵀX v`.
+        column: takes a column's place to that column of `XᵀX`.
+        energies: the diagonal of `XᵀX`.
+        correlation: `Xᵀy`.
+        energy: `‖y‖²`.
+        alpha: the penalty α.
+        beta: the penalty β.
+        flat: a curvature along a unit vector that is rounding.
+    """
+
+    multiply: Callable[[Array], Array]
+    column: Callable[[Array], Array]
+    energies: Float[Array, " w"]
+    correlation: Float[Array, " w"]
+    energy: Float[Array, ""]
+    alpha: Float[Array, ""]
+    beta: Float[Array, ""]
+    flat: Float[Array, ""]
+
+    def change(self, step: Float[Array, " w"]) -> Float[Array, " w"]:
+        """Return by how much a step changes the gradient of the smooth part.
+
+        Gradients are moved, never computed anew from these columns: their error is then that of the whole design's
+        product, which a round begins with, and rounding falls with the steps.
+        """
+        return self.multiply(step) + self.beta * step
+
+
+def _minimise(
+    task: _Task, weights: Float[Array, " w"], gradient: Float[Array, " w"], tolerance: Float[Array, ""]
+) -> Float[Array, " w"]:
+    """Take Newton steps, and sweeps over the columns where those do not help, until the gap is small enough.
+
+    `gradient` is that of the weights without β's part.
+    """
+
+    def going(carry):
+        weights, gradient, steps, _ = carry
+        gap = relative_gap(weights, gradient, task.correlation, task.energy, task.alpha)
+        return (gap > tolerance) & (steps < NEWTON_STEPS)
+
+    def iterate(carry):
+        weights, gradient, steps, bouts = carry
+        step, change = _newton(task, weights, gradient)
+        length = _length(task, weights, gradient, step, change)
+        weights, gradient = weights + length * step, gradient + length * change
+        helps = length > SHORT
+        sweeps = jnp.where(helps, 0, 2 ** jnp.minimum(bouts, 8))
+        weights, gradient = _sweeps(task, weights, gradient, sweeps)
+        return weights, gradient, steps + 1, jnp.where(helps, bouts, bouts + 1)
+
+    none = jnp.zeros((), jnp.int32)
+    carry = (weights, gradient + task.beta * weights, none, none)
+    return jax.lax.while_loop(going, iterate, carry)[0]
+
+
+def _newton(
+    task: _Task, weights: Float[Array, " w"], gradient: Float[Array, " w"]
+) -> tuple[Float[Array, " w"], Float[Array, " w"]]:
+    """Return the step to the minimiser on the active set with its signs, by conjugate gradients.
+
+    Also by how much it changes the gradient.
+    """
+    shifted = task.energies * weights - gradient
+    signs = jnp.where(jnp.abs(shifted) > task.alpha, jnp.sign(shifted), 0)
+    step = jnp.where(signs != 0, 0, -weights)
+    change = task.change(step)
+    residual = jnp.where(signs != 0, -(gradient + change + task.alpha * signs), 0)
+    start = jnp.sum(residual * residual)
+
+    def going(carry):
+        *_, norm, steps = carry
+        return (norm > REDUCTION**2 * start) & (steps < CONJUGATE_STEPS)
+
+    def iterate(carry):
+        step, change, residual, direction, norm, steps = carry
+        changed = task.change(direction)
+        curvature, squares = jnp.sum(direction * changed), jnp.sum(direction * direction)
+        curved = curvature > task.flat * squares
+        length = jnp.where(curved, norm / jnp.where(curved, curvature, 1), 0)
+        step, change = step + length * direction, change + length * changed
+        residual = residual - length * jnp.where(signs != 0, changed, 0)
+        after = jnp.sum(residual * residual)
+        direction = residual + after / jnp.where(norm > 0, norm, 1) * direction
+        return step, change, residual, direction, after, jnp.where(curved, steps + 1, CONJUGATE_STEPS)
+
+    carry = (step, change, residual, residual, start, jnp.zeros((), jnp.int32))
+    step, change, *_ = jax.lax.while_loop(going, iterate, carry)
+    return step, change
+
+
+def _length(
+    task: _Task,
+    weights: Float[Array, " w"],
+    gradient: Float[Array, " w"],
+    step: Float[Array, " w"],
+    change: Float[Array, " w"],
+) -> Float[Array, ""]:
+    """Return what part of a step has the least objective: the whole of it, if the objective falls nearly to its end.
+
+    Along a step the objective is convex and piecewise quadratic; its slope, from the left, needs no product.
+    """
+
+    def slope(length: Float[Array, ""]) -> Float[Array, ""]:
+        point = weights + length * step
+        sign = jnp.where(point != 0, jnp.sign(point), jnp.where(weights != 0, jnp.sign(weights), jnp.sign(step)))
+        return jnp.sum(step * (gradient + length * change + task.alpha * sign))
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        falls = slope(middle) <= 0
+        return jnp.where(falls, middle, low), jnp.where(falls, high, middle)
+
+    zero, one = jnp.zeros((), weights.dtype), jnp.ones((), weights.dtype)
+    low, _ = jax.lax.fori_loop(0, HALVINGS, halve, (zero, one))
+    return jnp.where(slope(one) <= SLOPE * jnp.abs(slope(zero)), one, low)
+
+
+def _sweeps(
+    task: _Task, weights: Float[Array, " w"], gradient: Float[Array, " w"], count: Int[Array, ""]
+) -> tuple[Float[Array, " w"], Float[Array, " w"]]:
+    """Minimise over each column in turn, so many times."""
+    size = weights.shape[0]
+    curvatures = task.energies + task.beta
+
+    def iterate(carry):
+        weights, gradient, steps = carry
+        at = steps % size
+        curvature = curvatures[at]
+        target = curvature * weights[at] - gradient[at]
+        target = jnp.sign(target) * jnp.maximum(jnp.abs(target) - task.alpha, 0)
+        moved = jnp.where(curvature > 0, target / jnp.where(curvature > 0, curvature, 1), 0)
+        change = moved - weights[at]
+        gradient = (gradient + change * task.column(at)).at[at].add(task.beta * change)
+        return weights.at[at].set(moved), gradient, steps + 1
+
+    carry = (weights, gradient, jnp.zeros((), count.dtype))
+    weights, gradient, _ = jax.lax.while_loop(lambda carry: carry[2] < count * size, iterate, carry)
+    return weights, gradient
 
 
 def _judge(
-    rule: Rule, target: Targets, lane: _Lane, gap: Float[Array, ""], error: Float[Array, ""], active: Bool[Array, ""]
+    rule: Rule,
+    target: Targets,
+    lane: _Lane,
+    active: Bool[Array, ""],
+    weights: Float[Array, " n"],
+    gradient: Float[Array, " n"],
+    error: Float[Array, ""],
 ) -> _Lane:
-    """Where an active target's gap is small enough, record it, and go to where the next solution should be."""
+    """Where a target has arrived, record it, and go to where the next penalty's solution should be."""
     stages, stage, record = target.alpha.shape[0], lane.stage, lane.record
-    weights, gradient = lane.weights, lane.gradient
-    advance = active & ((gap <= rule.tolerance) | (lane.checks + 1 >= CHECKS))
+    alpha, beta = _penalties(target, stage)
+    gap = relative_gap(weights, gradient + beta * weights, target.correlation, target.energy, alpha)
+    advance = active & ((gap <= rule.tolerance) | (lane.tries + 1 >= ROUNDS))
     better = advance & (error < lane.best) if target.held_out.shape[0] else advance
     at = jnp.where(advance, stage, stages)
     chosen = jnp.where(better, stage, record.chosen)
@@ -453,7 +611,7 @@ def _judge(
         chosen=chosen,
         gaps=record.gaps.at[at].set(gap, mode="drop"),
         errors=record.errors.at[at].set(error, mode="drop"),
-        products=record.products + (stage < stages).astype(jnp.int32),
+        rounds=jnp.where(active, record.rounds + 1, record.rounds),
         path=record.path.at[at].set(weights, mode="drop") if rule.keep_path else record.path,
     )
     following = jnp.where(advance, stage + 1, stage)
@@ -462,24 +620,19 @@ def _judge(
     before, here, there = (_penalties(target, each)[0] for each in (jnp.maximum(stage - 1, 0), stage, following))
     known = advance & (before != here) & (following < stages)
     factor = jnp.where(known, (there - here) / jnp.where(known, here - before, 1), 0)
-    return lane._replace(
-        weights=weights + factor * (weights - lane.last_weights),
-        gradient=gradient + factor * (gradient - lane.last_gradient),
+    keep = lambda new, old: jnp.where(active, new, old)  # noqa: E731
+    return _Lane(
+        weights=keep(weights + factor * (weights - lane.last_weights), lane.weights),
+        gradient=keep(gradient + factor * (gradient - lane.last_gradient), lane.gradient),
         last_weights=jnp.where(advance, weights, lane.last_weights),
         last_gradient=jnp.where(advance, gradient, lane.last_gradient),
-        plain=jnp.where(advance, 0, lane.plain),
-        bouts=jnp.where(advance, 0, lane.bouts),
-        checks=jnp.where(advance, 0, lane.checks + active.astype(jnp.int32)),
+        inside=lane.inside,
+        indices=lane.indices,
         stage=following,
+        tries=jnp.where(advance, 0, jnp.where(active, lane.tries + 1, lane.tries)),
         best=jnp.where(better, error, lane.best),
         record=record,
     )
-
-
-def _penalties(target: Targets, stage: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return α and β at one stage; beyond the last, the last."""
-    at = jnp.minimum(stage, target.alpha.shape[0] - 1)
-    return target.alpha[at], target.beta[at]
 
 
 def lipschitz(rows: Float[Array, "m n"], *, steps: int = 30) -> Float[Array, ""]:

@@ -30,7 +30,7 @@ CHUNK = 512
 """Targets at a time, on each device."""
 
 GRAM_BYTES = 2**30
-"""A larger Gram matrix is not kept: products are with the rows, one after the other."""
+"""A larger Gram matrix is not kept: its parts are computed from the rows."""
 
 Masks = Num[Array | np.ndarray, "m n"] | Bool[Array | np.ndarray, "m n"]
 Outputs = Num[Array | np.ndarray, "m t"]
@@ -86,7 +86,6 @@ class Info(NamedTuple):
         gap: the duality gap of the coefficients returned, divided by the objective of zero weights, `½ ‖y − ȳ‖²`.
         lambdas: the penalties.
         gaps: the gap at each, on the rows fitted; NaN where a target did not go so far.
-        products: how many products with the masks each target took to get there.
         errors: the mean squared error on held-out rows at each, weighted as the rows are; NaN where there are none.
         path: coefficients at every penalty, where they were asked for.
     """
@@ -96,7 +95,6 @@ class Info(NamedTuple):
     gap: Float[np.ndarray, " t"]
     lambdas: Float[np.ndarray, "k t"]
     gaps: Float[np.ndarray, "k t"]
-    products: Int[np.ndarray, " t"]
     errors: Float[np.ndarray, "k t"]
     path: Float[np.ndarray, "k n t"] | None = None
 
@@ -200,7 +198,7 @@ def lasso(
             remedy="ask for a larger tolerance or a larger last penalty (`Path.ratio`), or compute in float64",
         )
     return found.surrogate, Info(
-        parts.chosen, parts.penalties, gap, parts.lambdas, parts.gaps, parts.products, parts.errors, parts.path
+        parts.chosen, parts.penalties, gap, parts.lambdas, parts.gaps, parts.errors, parts.path
     )
 
 
@@ -319,7 +317,6 @@ class _Parts(NamedTuple):
     penalties: Float[np.ndarray, " t"]
     lambdas: Float[np.ndarray, "k t"]
     gaps: Float[np.ndarray, "k t"]
-    products: Int[np.ndarray, " t"]
     errors: Float[np.ndarray, "k t"]
     path: Float[np.ndarray, "k n t"] | None
 
@@ -404,7 +401,6 @@ def _fit(
         penalties=steps[np.arange(t), whole.chosen],
         lambdas=steps.T,
         gaps=whole.gaps.T,
-        products=whole.products,
         errors=(whole.errors / np.sum(design.weights[~design.kept])).T
         if len(others)
         else np.full_like(steps.T, np.nan),
@@ -413,8 +409,7 @@ def _fit(
 
 
 def _problem(design: _Design) -> elastic_net.Problem:
-    m, n = design.rows.shape
-    return _prepare(design.rows, design.others, keep=n <= 2 * m and n * n * design.rows.itemsize <= GRAM_BYTES)
+    return _prepare(design.rows, design.others, keep=design.rows.shape[1] ** 2 * design.rows.itemsize <= GRAM_BYTES)
 
 
 @partial(jax.jit, static_argnames="keep")

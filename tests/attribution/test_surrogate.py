@@ -34,6 +34,18 @@ def noisy(problem):
     return masks, outputs + noise * np.array([0, 0, 0, 4, 8, 16])
 
 
+@pytest.fixture
+def small_sets(monkeypatch):
+    """Working sets of 48 and 96 columns, so that targets outgrow both."""
+    monkeypatch.setattr(elastic_net, "SIZES", (48, 96))
+
+
+@pytest.fixture
+def one_set(monkeypatch):
+    """All columns at once: fewer programs to compile, where sets are not what is tested."""
+    monkeypatch.setattr(elastic_net, "SIZES", ())
+
+
 def sklearn_path(masks, outputs, lambdas, *, l1_ratio=1.0, standardize=True, weights=None):
     """Return coefficients [k, n, t] and intercepts [k, t] in natural units, by coordinate descent to 1e-14."""
     found = np.zeros((len(lambdas), masks.shape[1], outputs.shape[1])), np.zeros((len(lambdas), outputs.shape[1]))
@@ -51,11 +63,12 @@ def sklearn_path(masks, outputs, lambdas, *, l1_ratio=1.0, standardize=True, wei
 
 
 @pytest.mark.parametrize("l1_ratio", [1.0, pytest.param(0.6, marks=pytest.mark.slow)])
-def test_the_path_is_that_of_scikit_learn(problem, x64, l1_ratio):
+def test_the_path_is_that_of_scikit_learn(problem, x64, small_sets, l1_ratio):
     masks, outputs = problem
     path = Path(ratio=0.03, count=6, l1_ratio=l1_ratio)
     found, info = surrogate.lasso(masks, outputs, path=path, solver=EXACT, keep_path=True, progress=False)
     coefficients, intercepts = sklearn_path(masks, outputs, info.lambdas, l1_ratio=l1_ratio)
+    assert (coefficients[-1] != 0).sum(axis=0).max() > 48  # a set of the first size was outgrown
     scale = np.abs(coefficients).max(axis=(0, 1))
     np.testing.assert_allclose(info.path / scale, coefficients / scale, atol=1e-5)
     np.testing.assert_allclose(found.coefficients / scale, coefficients[-1] / scale, atol=1e-5)
@@ -66,7 +79,7 @@ def test_the_path_is_that_of_scikit_learn(problem, x64, l1_ratio):
 
 
 @pytest.mark.slow
-def test_single_precision_reaches_the_same(problem):
+def test_single_precision_reaches_the_same(problem, one_set):
     """float32 throughout: a gap below 1e-6, and so coefficients to about its root times the outputs."""
     masks, outputs = problem
     found, info = surrogate.lasso(masks, outputs, path=Path(ratio=0.1, count=6), progress=False,
@@ -78,7 +91,7 @@ def test_single_precision_reaches_the_same(problem):
     np.testing.assert_allclose(found.coefficients / scale, coefficients[0] / scale, atol=3e-4)
 
 
-def test_weights_of_rows_and_columns_as_they_are(problem, x64):
+def test_weights_of_rows_and_columns_as_they_are(problem, x64, one_set):
     """With no standardisation the objective is scikit-learn's own, sample weights included."""
     masks, outputs = problem
     weights = np.random.default_rng(1).uniform(0.1, 3, len(masks))
@@ -95,7 +108,7 @@ def test_weights_of_rows_and_columns_as_they_are(problem, x64):
 
 
 @pytest.mark.slow
-def test_the_penalty_is_that_of_least_held_out_error(noisy, x64):
+def test_the_penalty_is_that_of_least_held_out_error(noisy, x64, one_set):
     masks, outputs = noisy
     held_out = surrogate.hold_out(jax.random.key(3), 90, fraction=0.3)
     assert held_out.sum() == 27
@@ -118,7 +131,7 @@ def test_the_penalty_is_that_of_least_held_out_error(noisy, x64):
 
 
 @pytest.mark.slow
-def test_patience_ends_a_target_where_its_errors_rise(noisy):
+def test_patience_ends_a_target_where_its_errors_rise(noisy, one_set):
     masks, outputs = noisy
     settings = {
         "held_out": surrogate.hold_out(jax.random.key(3), 90, fraction=0.3), "path": Path(ratio=0.05, count=12),
@@ -136,7 +149,7 @@ def test_patience_ends_a_target_where_its_errors_rise(noisy):
 
 
 @pytest.mark.slow
-def test_columns_that_depend_on_one_another_do_not_stop_it(x64):
+def test_columns_that_depend_on_one_another_do_not_stop_it(x64, one_set):
     """Every column twice, and a target in their span: the solution is not unique, the fit and its gap are."""
     rng = np.random.default_rng(2)
     masks = np.repeat(rng.random((40, 20)) < 0.5, 2, axis=1)
@@ -153,7 +166,19 @@ def test_columns_that_depend_on_one_another_do_not_stop_it(x64):
 
 
 @pytest.mark.slow
-def test_neither_chunks_nor_devices_matter(problem, monkeypatch):
+def test_few_rows_are_fitted_nearly_exactly(one_set):
+    """Down to a thousandth of λ_max, far more columns than rows are in play: most Newton systems are singular."""
+    rng = np.random.default_rng(0)
+    masks = np.array([rng.permutation(200) < 100 for _ in range(22)])
+    outputs = masks @ rng.standard_t(3, size=(200, 4)) + rng.normal(size=(22, 4))
+    found, info = surrogate.lasso(masks, outputs, path=Path(ratio=1e-3, count=12), progress=False)
+    assert (info.gaps <= 1e-6).all()
+    left = surrogate.predict(found, masks) - outputs
+    assert (np.square(left).mean(axis=0) < 1e-4 * outputs.var(axis=0)).all()
+
+
+@pytest.mark.slow
+def test_neither_chunks_nor_devices_matter(problem, monkeypatch, one_set):
     masks, outputs = problem
     held_out = surrogate.hold_out(jax.random.key(3), 90, fraction=0.3)
     settings = {"held_out": held_out, "path": Path(ratio=0.1, count=5), "progress": False}
@@ -170,7 +195,7 @@ def test_neither_chunks_nor_devices_matter(problem, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_gram_matrix_too_large_to_keep_is_done_without(problem, x64, monkeypatch):
+def test_a_gram_matrix_too_large_to_keep_is_done_without(problem, x64, one_set, monkeypatch):
     masks, outputs = problem
     settings = {"path": Path(ratio=0.1, count=4), "solver": EXACT, "progress": False}
     kept, _ = surrogate.lasso(masks, outputs, **settings)
@@ -234,7 +259,7 @@ def test_least_squares_are_exact_with_and_without_enough_rows(x64, rows):
     np.testing.assert_allclose(found.intercepts, model.intercept_, atol=1e-8)
 
 
-def test_a_target_that_is_constant_has_no_weights(problem):
+def test_a_target_that_is_constant_has_no_weights(problem, one_set):
     masks, outputs = problem
     flat = np.concatenate([outputs[:, :1], np.full((90, 1), 3.0)], axis=1)
     found, info = surrogate.lasso(masks, flat, path=Path(ratio=0.1, count=5), progress=False)
@@ -260,7 +285,7 @@ def test_the_gap_is_between_primal_and_dual(x64):
 
 def test_a_gap_that_rounding_keeps_open_is_an_error(problem, monkeypatch):
     masks, outputs = problem
-    monkeypatch.setattr(elastic_net, "CHECKS", 2)
+    monkeypatch.setattr(elastic_net, "ROUNDS", 2)
     with pytest.raises(DivergedError, match=r"target \d has a duality gap of .* where 1e-13 was asked for"):
         surrogate.lasso(masks, outputs, path=Path(ratio=0.11, count=4), solver=Solver(1e-13), progress=False)
 
