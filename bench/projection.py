@@ -118,9 +118,10 @@ def speeds(
             )  # fmt: skip
         if not plain:
             continue
-        rows += _beside(f"{case.name}: sketch {_shape(case)}", "sketch", dense | others, timings, case.n, note)
+        beside = _beside(f"{case.name}: sketch {_shape(case)}", "sketch", dense | others, timings, case.n, note)
+        rows += beside
         if shared:
-            fastest = min(dense | others, key=lambda name: timings[name].median)
+            fastest = beside[0].other_name
             fresh = uncached({name: sides[name] for name in ("sketch", fastest)}, calls=calls)
             rows.append(
                 harness.rates(

@@ -28,6 +28,22 @@ def test_sides_take_turns_and_first_calls_do_not_count(monkeypatch):
     assert found["b"] == harness.Timing(median=10, low=10, high=25, first=5, calls=3)
 
 
+def test_what_comes_before_a_call_is_not_timed(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+
+    def taking(name, seconds):
+        def work():
+            order.append(name)
+            clock[0] += seconds
+
+        return work
+
+    found = harness.compare({"a": taking("a", 1), "b": taking("b", 2)}, calls=2, before=taking("-", 100))
+    assert order == ["a", "b"] + ["-", "a", "-", "b"] * 2
+    assert (found["a"][:4], found["b"][:4]) == ((1, 1, 1, 1), (2, 2, 2, 2))
+
+
 def test_rates_are_work_over_time_and_their_ratio_is_ours_to_the_other():
     ours, other = harness.Timing(2, 1, 4, 9, 5), harness.Timing(10, 8, 20, 7, 5)
     row = harness.rates("case", ours, other, work=40, unit="examples/s", other_name="them", packages=("rich",))
