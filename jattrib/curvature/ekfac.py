@@ -49,8 +49,8 @@ WIDEST = 32_768
 """The widest side whose second moment is kept whole: its eigenvectors are as many numbers as its square."""
 
 
-Rotations = dict[str, tuple[Array | None, Array | None]]
-"""The eigenvectors of both sides, by layer."""
+Rotations = dict[str, tuple[Any, Any]]
+"""The eigenvectors of both sides, by layer, `[stack, d, d]` each or None; their shapes, where parameters are shapes."""
 
 
 class Covariances(NamedTuple):
@@ -242,7 +242,7 @@ def _moments(
     layers: Layers, loss: OutputFn, params: Params, batch: Batch, valid: Bool[Array, " b"]
 ) -> dict[str, tuple[Array, Array]]:
     def both(layer: Layer, _: Any, a: Array, s: Array) -> tuple[Array, Array]:
-        kind = s.dtype if jnp.issubdtype(s.dtype, jnp.floating) else a.dtype
+        kind = taps.accumulator(a, s)
         inputs = _second_moment(a, valid, layer.inputs, kind, _looked_up(layer))
         return inputs, _second_moment(s, valid, layer.outputs, kind, False)
 
@@ -256,16 +256,16 @@ def _looked_up(layer: Layer) -> bool:
 
 
 def _second_moment(each: Array, valid: Bool[Array, " b"], size: int, kind: Any, diagonal: bool) -> Array:
-    kept = valid.astype(kind)[None, :, None]
     if each.ndim == 3:  # indices
+        kept = valid.astype(kind)[None, :, None]
         counts = jax.vmap(lambda rows, weight: jnp.zeros(size, kind).at[rows].add(weight, mode="drop"))
         rows = jnp.where(each < 0, size, each).reshape(len(each), -1)
         return counts(rows, jnp.broadcast_to(kept, each.shape).reshape(len(each), -1))
-    each = each.astype(kind)
+    kept = valid.astype(each.dtype)[None, :, None, None]
     if diagonal or size > WIDEST:
-        return jnp.sum(jnp.square(each) * kept[..., None], axis=(1, 2))
-    rows = (each * kept[..., None]).reshape(len(each), -1, size)
-    return jnp.einsum("lri,lrj->lij", rows, each.reshape(rows.shape), precision="highest")
+        return jnp.sum(jnp.square(each.astype(kind)) * kept.astype(kind), axis=(1, 2))
+    rows = (each * kept).reshape(len(each), -1, size)
+    return jnp.einsum("lri,lrj->lij", rows, each.reshape(rows.shape), precision="highest", preferred_element_type=kind)
 
 
 def _basis(name: str, moment: Side) -> Basis:
@@ -307,7 +307,7 @@ def _squares(
     at_once = {name for name, layer in names.items() if layer.whole and not _looked_up(layer)}
 
     def whole(layer: Layer, rotation: Any, a: Array, s: Array) -> Array:
-        kept = valid.astype(s.dtype)
+        kept = valid.astype(taps.accumulator(a, s))
         if a.shape[2] == 1:  # one outer product: its square is that of the squares
             a, s = _turn(a, rotation[0])[:, :, 0], _turn(s, rotation[1])[:, :, 0]
             return jnp.einsum("lbi,lbo->lio", jnp.square(a) * kept[None, :, None], jnp.square(s), precision="highest")
@@ -331,11 +331,13 @@ def _squares(
     for name in names.keys() - at_once:
         gradients = _rotated(jnp.swapaxes(values[name], 0, 1), rotations[name])
         values[name] = jnp.einsum("b,blio->lio", valid.astype(gradients.dtype), jnp.square(gradients))
-    plain = {path: jnp.tensordot(valid.astype(g.dtype), jnp.square(g), axes=1) for path, g in found.plain.items()}
+    wide = {path: g.astype(taps.accumulator(g)) for path, g in found.plain.items()}
+    plain = {path: jnp.tensordot(valid.astype(g.dtype), jnp.square(g), axes=1) for path, g in wide.items()}
     return values, plain
 
 
 def _turn(rows: Array, vectors: Array | None) -> Array:
+    rows = rows.astype(taps.accumulator(rows))
     return rows if vectors is None else jnp.einsum("lbpi,lij->lbpj", rows, vectors, precision="highest")
 
 
@@ -352,6 +354,7 @@ def _precondition(
     for name, matrix in matrices.items():
         left, right = rotations[name]
         back = _transposed(left), _transposed(right)
+        matrix = matrix.astype(values[name].dtype)
         solved[name] = _rotated(_rotated(matrix, (left, right)) / values[name][None], back)
-    others = {path: leaf / plain[path][None] for path, leaf in rest.items()}
+    others = {path: leaf.astype(plain[path].dtype) / plain[path][None] for path, leaf in rest.items()}
     return taps.from_matrices(layers, solved, others, _shapes(vectors, drop=1))

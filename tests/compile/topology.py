@@ -112,24 +112,18 @@ def _compile(lowered: Any, dump: Path | None) -> Any:
 
 
 def _text(lowered: Any, compiled: Any) -> str:
+    """Return the compiled program to be searched for names: as text if possible, else also its bytes as characters."""
     try:
         return compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # some asynchronous copies of libtpu's are more than jaxlib 0.10 can read
-        return lowered.as_text(dialect="hlo", debug_info=True)
+    except jax.errors.JaxRuntimeError:  # some asynchronous operations of libtpu's are more than jaxlib 0.10 can read
+        bytes_ = compiled.runtime_executable().serialize()
+        return lowered.as_text(dialect="hlo", debug_info=True) + bytes_.decode("latin-1")
 
 
 def memory(compiled: Any) -> Memory:
     """Return the bytes that each device holds."""
     found = compiled.memory_analysis()
     return Memory(found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
-
-
-def text_of(compiled: Any) -> str:
-    """Return the compiled program to be searched for names, as text if possible, else its bytes as characters."""
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # libtpu's asynchronous collectives are newer than jaxlib's printer
-        return compiled.runtime_executable().serialize().decode("latin-1")
 
 
 def kernels(dump: Path) -> list[Kernel]:

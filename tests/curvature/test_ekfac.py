@@ -62,7 +62,7 @@ def test_the_passes_of_abstract_parameters_compile():
     moments = ekfac.moments(layers, loss, params, rows, shape((4,), bool))
     sides = jax.eval_shape(moments.init)
     assert [[side.shape for side in both] for both in sides.values()] == [[(1, 4, 4), (1, 2, 2)]]  # a bias, too
-    rotations = {name: tuple(jnp.zeros(side.shape) for side in both) for name, both in sides.items()}
+    rotations = {name: tuple(shape(side.shape, side.dtype) for side in both) for name, both in sides.items()}
     squares = ekfac.squares(layers, rotations, loss, params, rows, shape((4,), bool))
     for statistic in (moments, squares):
         assert stream.lower_fold(statistic, rows, chunk=4).compile().memory_analysis() is not None
@@ -188,6 +188,32 @@ def test_every_form_of_layer_has_the_squares_of_its_plain_gradients():
         np.asarray(factors.eigenvalues["last/kernel"])[0] + 0.2
     )
     np.testing.assert_allclose(back["last/kernel"][:, 0], left @ inner @ right.T, rtol=1e-9)
+
+
+@pytest.mark.parametrize("positions", [1, 5, 40])
+def test_factors_in_half_precision_are_summed_in_single(positions):
+    """Their own products are exact in single precision; sums in half would stop at some hundreds of examples."""
+    rng = np.random.default_rng(6)
+    half = jnp.bfloat16
+
+    def loss(params, example):
+        x, slopes = example
+        return jnp.sum((x.astype(half) @ params["kernel"].astype(half)).astype(jnp.float32) * slopes)
+
+    params = {"kernel": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}
+    batch = tuple(rng.normal(1, 1, (800, positions, size)).astype(np.float32) for size in (4, 3))
+    factors = ekfac.fit(ekfac.empirical_fisher(loss), params, InMemory(batch), chunk=8, progress=False)
+    a, s = (np.asarray(jnp.asarray(each, half), np.float64) for each in batch)
+    sides = factors.bases.inputs["kernel"], factors.bases.outputs["kernel"]
+    for rows, basis in zip((a, s), sides, strict=True):
+        assert basis.vectors.dtype == jnp.float32
+        rows = rows.reshape(-1, rows.shape[-1])
+        values, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
+        np.testing.assert_allclose(basis.values[0], values, rtol=1e-5)
+        np.testing.assert_allclose(np.abs(vectors.T @ np.asarray(basis.vectors[0])), np.eye(len(values)), atol=1e-4)
+    left, right = (np.asarray(basis.vectors[0], np.float64) for basis in sides)
+    gradients = left.T @ np.einsum("bpi,bpo->bio", a, s) @ right
+    np.testing.assert_allclose(factors.eigenvalues["kernel"][0], np.square(gradients).mean(0), rtol=1e-5)
 
 
 def test_bad_input_is_refused():
