@@ -51,17 +51,17 @@ def recovered(case, backend, key=KEY):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize(("n", "threads"), [(20, 3), (7, 2), (5, 4), (3, 3), (300, 2)])
-def test_parts_on_threads_are_the_same_bits(monkeypatch, x64, n, threads, dtype):
+@pytest.mark.parametrize(("n", "threads", "parts"), [(20, 3, 3), (7, 2, 2), (5, 4, 3), (2, 3, 2), (300, 2, 2)])
+def test_parts_on_threads_are_the_same_bits(monkeypatch, x64, n, threads, parts, dtype):
     rows = jax.random.normal(jax.random.key(n), (n, 700), dtype)
     whole = jax.jit(lambda x: sketch_projection(x, KEY, 96))(rows)
     concrete = lambda *operands: 1 if any(isinstance(each, Tracer) for each in operands) else threads  # noqa: E731
     monkeypatch.setattr(api, "cores", concrete)
     monkeypatch.setattr(api, "PART", 1)
-    asked, on_one_core = [], api._on_one_core
-    monkeypatch.setattr(api, "_on_one_core", lambda *given: asked.append(given) or on_one_core(*given))
+    asked, part = [], api._part
+    monkeypatch.setattr(api, "_part", lambda *given: asked.append(given) or part(*given))
     np.testing.assert_array_equal(sketch_projection(rows, KEY, 96), whole)
-    assert len(asked) == -(-n // -(-n // threads))
+    assert len(asked) == parts
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -25,7 +25,7 @@ from jattrib_kernels.random import Stream, fold_in
 from jattrib_kernels.sketch_projection import reference
 
 PART = 1 << 20
-"""Numbers that make a part for another core worth its thread."""
+"""Numbers that are worth the thread of another core."""
 
 
 def sketch_projection(
@@ -84,7 +84,7 @@ def sketch_projection(
     check_size("copies", copies)
     check_key(key)
     offset, chosen = offset_word("block_offset", block_offset), _chosen(backend, x.dtype, dim)
-    parts = min(cores(x, key, offset), x.size // PART) if chosen == "reference" else 1
+    parts = min(cores(x, key, offset), x.size // PART, x.shape[0]) if chosen == "reference" else 1
     if parts > 1:
         return _core_by_core(parts, jnp.asarray(x), key, offset, dim=dim, copies=copies)
     return _project(dim, x.shape[1], x.dtype, copies, chosen, x, _streams(key), offset)
@@ -96,29 +96,41 @@ def _core_by_core(
     """Sketch an equal part of the rows on each core, each in a program of one thread: cores do not wait for each other.
 
     The programs of JAX's CPU divide single operations, which are too short here: two cores are no faster then than one.
+    What is large, or ready all at once, they leave to threads that all programs share, and there one part may wait for
+    the other to end.  So the tables and the memory of the results come from a program of their own, and in that of a
+    part one step follows another.
     """
     n = x.shape[0]
     count = -(-n // parts)
-    parts = -(-n // count)
+    firsts = [min(first, n - count) for first in range(0, n, count)]  # the last part repeats rows of the one before
+    shape = (len(firsts), count, dim, copies)
+    every, memory = _begin(*shape, -(-x.shape[1] // dim), accumulator(x.dtype), key, offset)
 
     def part(number: int) -> jax.Array:
         with jax.enable_x64(x.dtype == jnp.float64):  # a thread has settings of its own
-            first = min(number * count, n - count)  # the last part repeats rows of the one before
-            return jax.block_until_ready(_on_one_core(count, dim, copies, x, key, offset, first))
+            return jax.block_until_ready(_part(memory[number], x, every, firsts[number]))
 
-    others = [_threads(parts - 1).submit(part, number) for number in range(1, parts)]
-    found = [part(0), *(other.result() for other in others)]
-    if parts * count > n:
-        found[-1] = found[-1][parts * count - n :]
-    return jnp.concatenate(found)
+    others = [_threads(parts - 1).submit(part, number) for number in range(1, len(firsts))]
+    return _joined(n, part(0), *(other.result() for other in others))
 
 
 _threads = cache(ThreadPoolExecutor)  # kept, and with it the memory that threads have asked for
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), compiler_options={"xla_cpu_multi_thread_eigen": False})
-def _on_one_core(count, dim, copies, x, key, offset, first):
-    return reference.project_some(x, _streams(key), offset, first, count=count, dim=dim, copies=copies)
+@partial(jax.jit, static_argnums=range(6))
+def _begin(parts, count, dim, copies, blocks, dtype, key, offset):
+    every = reference.tables(_streams(key), offset, blocks=blocks, dim=dim, copies=copies)
+    return every, [jnp.zeros((count, dim), dtype) for _ in range(parts)]
+
+
+_part = jax.jit(reference.project_into, donate_argnums=0, compiler_options={"xla_cpu_multi_thread_eigen": False})
+
+
+@partial(jax.jit, static_argnums=0)
+def _joined(n, *parts):
+    """Return the rows of all parts, each once."""
+    rest = n - sum(len(part) for part in parts[:-1])
+    return jnp.concatenate([*parts[:-1], parts[-1][len(parts[-1]) - rest :]])
 
 
 def sketch_projection_transpose(

@@ -11,6 +11,7 @@ With s copies, each has keys of its own, `fold_in(key, copy)`, and their sum is 
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,33 @@ def sign(word: jax.Array, bit: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((shifted & jnp.uint32(0x80000000)) | jnp.uint32(0x3F800000), jnp.float32)
 
 
+class Tables(NamedTuple):
+    """What consecutive blocks are rotated by, and their signs.
+
+    Attributes:
+        words: the sign bits, uint32 `(units, copies, k)`, 32 blocks a unit.
+        turns: the rotations, int32 `(copies, blocks)`.
+        start: where in the first unit the first block is, uint32 `()`.
+    """
+
+    words: jax.Array
+    turns: jax.Array
+    start: jax.Array
+
+    def at(self, i: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """Return the signs `(copies, k)` and rotations `(copies,)` of block i."""
+        b = self.start + jnp.asarray(i).astype(jnp.uint32)
+        return sign(self.words[(b // jnp.uint32(32)).astype(jnp.int32)], b % jnp.uint32(32)), self.turns[:, i]
+
+
+def tables(keys: jax.Array, offset: jax.Array, *, blocks: int, dim: int, copies: int) -> Tables:
+    """Return the tables of blocks `offset …`, of as many as `blocks`; see `project`."""
+    unit = offset // jnp.uint32(BLOCKS)
+    words = sign_words(copy_keys(keys[0], copies), unit, units=(blocks - 1) // BLOCKS + 2, dim=dim)
+    turns = rotations(copy_keys(keys[1], copies), offset, blocks=blocks, dim=dim)
+    return Tables(words, turns, offset % jnp.uint32(BLOCKS))
+
+
 def project(x: jax.Array, keys: jax.Array, offset: jax.Array, *, dim: int, copies: int) -> jax.Array:
     """Return the sketch of `x`.
 
@@ -65,21 +93,48 @@ def project(x: jax.Array, keys: jax.Array, offset: jax.Array, *, dim: int, copie
         dim: block length and number of buckets k.
         copies: independent sketches s, summed and divided by √s.
     """
-    return project_some(x, keys, offset, 0, count=x.shape[0], dim=dim, copies=copies)
+    n = x.shape[0]
+    every = tables(keys, offset, blocks=-(-x.shape[1] // dim), dim=dim, copies=copies)
+    rows = _tile(n, dim)
+    if rows == n:
+        return _project_tile(x, every, 0, rows)
+    whole = -(-n // rows) * rows
+    tiles = lax.map(lambda i: _project_tile(x, every, jnp.minimum(i * rows, n - rows), rows), jnp.arange(whole // rows))
+    # The last tile starts early enough to be full, and repeats rows of the one before.
+    return (
+        jnp.concatenate([tiles[:-1].reshape(-1, dim), tiles[-1, whole - n :]]) if whole > n else tiles.reshape(n, dim)
+    )
 
 
-def project_some(
-    x: jax.Array, keys: jax.Array, offset: jax.Array, first: jax.Array | int, *, count: int, dim: int, copies: int
-) -> jax.Array:
-    """Return the sketch of `count` rows of `x`, from row `first` on."""
-    p = x.shape[1]
+def project_into(out: jax.Array, x: jax.Array, every: Tables, first: jax.Array | int) -> jax.Array:
+    """Return the sketch of as many rows of `x` as `out` has, from row `first` on, in the place of `out`.
+
+    The same bits as `project`'s, and nothing large is made beside the result.
+    """
+    count, dim = out.shape
+    rows = _tile(count, dim)
+    if rows == count:
+        return out.at[:].set(_project_tile(x, every, first, rows))
+
+    def put(i: jax.Array, out: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * rows, count - rows)
+        return lax.dynamic_update_slice(out, _project_tile(x, every, first + start, rows), (start, jnp.int32(0)))
+
+    return lax.fori_loop(0, -(-count // rows), put, out)
+
+
+def _tile(count: int, dim: int) -> int:
+    return min(count, max(8, _TILE // (2 * dim)))
+
+
+def _project_tile(x: jax.Array, every: Tables, first: jax.Array | int, rows: int) -> jax.Array:
+    """Return the sketch of a few rows of `x`, from row `first` on."""
+    p, (copies, dim) = x.shape[1], every.words.shape[1:]
     dtype = accumulator(x.dtype)
-    signs, turns = _tables(keys, offset, blocks=-(-p // dim), dim=dim, copies=copies)
     full, rest = divmod(p, dim)
-    rows = min(count, max(8, _TILE // (2 * dim)))
 
     def add(part: jax.Array, i: jax.Array | int, y: jax.Array) -> jax.Array:
-        sigma, turn = signs(i), turns(i)
+        sigma, turn = every.at(i)
         for copy in range(copies):
             at = (jnp.int32(0), turn[copy])
             window = lax.dynamic_slice(y, at, part.shape)
@@ -87,32 +142,20 @@ def project_some(
             y = lax.dynamic_update_slice(y, window, at)
         return y
 
-    def tile(start: jax.Array | int) -> jax.Array:
-        def step(i: jax.Array | int, y: jax.Array) -> jax.Array:
-            return add(lax.dynamic_slice(x, (first + start, i * dim), (rows, dim)), i, y)
+    def step(i: jax.Array | int, y: jax.Array) -> jax.Array:
+        return add(lax.dynamic_slice(x, (first, i * dim), (rows, dim)), i, y)
 
-        # 2k columns, folded at the end: a rotation is a contiguous window.  One block is added before the loop, so that
-        # y varies over the same mesh axes throughout under `shard_map`.
-        y = jnp.zeros((rows, 2 * dim), dtype)
-        if rest:
-            part = lax.dynamic_slice(x, (first + start, full * dim), (rows, rest))
-            y = add(jnp.pad(part, ((0, 0), (0, dim - rest))), full, y)
-        else:
-            y = step(0, y)
-        done = 0 if rest else 1
-        y = lax.fori_loop(done, full, step, y) if done < full else y
-        return (y[:, :dim] + y[:, dim:]) * jnp.asarray(1 / math.sqrt(copies), dtype)
-
-    if rows == count:
-        return tile(0)
-    whole = -(-count // rows) * rows
-    tiles = lax.map(lambda i: tile(jnp.minimum(i * rows, count - rows)), jnp.arange(whole // rows))
-    # The last tile starts early enough to be full, and repeats rows of the one before.
-    return (
-        jnp.concatenate([tiles[:-1].reshape(-1, dim), tiles[-1, whole - count :]])
-        if whole > count
-        else tiles.reshape(count, dim)
-    )
+    # 2k columns, folded at the end: a rotation is a contiguous window.  One block is added before the loop, so that
+    # y varies over the same mesh axes throughout under `shard_map`.
+    y = jnp.zeros((rows, 2 * dim), dtype)
+    if rest:
+        part = lax.dynamic_slice(x, (first, full * dim), (rows, rest))
+        y = add(jnp.pad(part, ((0, 0), (0, dim - rest))), full, y)
+    else:
+        y = step(0, y)
+    done = 0 if rest else 1
+    y = lax.fori_loop(done, full, step, y) if done < full else y
+    return (y[:, :dim] + y[:, dim:]) * jnp.asarray(1 / math.sqrt(copies), dtype)
 
 
 def transpose(y: jax.Array, keys: jax.Array, offset: jax.Array, *, size: int, copies: int) -> jax.Array:
@@ -120,12 +163,12 @@ def transpose(y: jax.Array, keys: jax.Array, offset: jax.Array, *, size: int, co
     n, dim = y.shape
     dtype = accumulator(y.dtype)
     blocks = -(-size // dim)
-    signs, turns = _tables(keys, offset, blocks=blocks, dim=dim, copies=copies)
+    every = tables(keys, offset, blocks=blocks, dim=dim, copies=copies)
     y = y.astype(dtype) * jnp.asarray(1 / math.sqrt(copies), dtype)
     twice = jnp.concatenate([y, y], axis=1)
 
     def put(i: jax.Array | int, x: jax.Array) -> jax.Array:
-        sigma, turn = signs(i), turns(i)
+        sigma, turn = every.at(i)
         parts = [
             lax.dynamic_slice(twice, (jnp.int32(0), turn[copy]), (n, dim)) * sigma[copy][None, :].astype(dtype)
             for copy in range(copies)
@@ -135,16 +178,3 @@ def transpose(y: jax.Array, keys: jax.Array, offset: jax.Array, *, size: int, co
     x = put(0, jnp.zeros((n, blocks * dim), dtype))
     x = lax.fori_loop(1, blocks, put, x) if blocks > 1 else x
     return x[:, :size]
-
-
-def _tables(keys: jax.Array, offset: jax.Array, *, blocks: int, dim: int, copies: int):
-    """Return functions from a block's number in this call to its signs `(copies, k)` and rotations `(copies,)`."""
-    unit = offset // jnp.uint32(BLOCKS)
-    words = sign_words(copy_keys(keys[0], copies), unit, units=(blocks - 1) // BLOCKS + 2, dim=dim)
-    turns = rotations(copy_keys(keys[1], copies), offset, blocks=blocks, dim=dim)
-
-    def signs(i: jax.Array | int) -> jax.Array:
-        b = offset % jnp.uint32(BLOCKS) + jnp.asarray(i).astype(jnp.uint32)
-        return sign(words[(b // jnp.uint32(32)).astype(jnp.int32)], b % jnp.uint32(32))
-
-    return signs, lambda i: turns[:, i]
