@@ -52,7 +52,8 @@ def fold(
 
     Args:
         statistic: the sum.  Its state is whole on every device, and each device adds its own rows; where arrays of
-            `update` are split over the mesh, the state is split over all of it (`mesh.spread`), and stays so.
+            `update` are split over the mesh, the state is split over all of it (`mesh.spread`), and stays so.  Leaves
+            of half precision are summed, and finished, in single.
         source: the examples.
         chunk: examples at a time, over all devices; rounded up to a multiple of their number.
         mesh: spreads the examples over its first axis; None is the default device.
@@ -110,17 +111,27 @@ def lower_fold(statistic: Fold, batch: Batch, *, chunk: int, mesh: Mesh | None =
             return leaf
         return leaf.update(sharding=meshes.spread(mesh, leaf.shape) if split else meshes.replicated(mesh))
 
-    state, rows = jax.tree.map(placed, jax.eval_shape(statistic.init)), jax.tree.leaves(batch)[0]
+    state, rows = jax.tree.map(placed, jax.eval_shape(partial(_start, statistic))), jax.tree.leaves(batch)[0]
     valid = jax.ShapeDtypeStruct(rows.shape[:1], bool, sharding=rows.sharding)
     return _lowered(partial(_add.trace, function, state, batch, valid, mesh=mesh, split=split), mesh)
 
 
 def _begin(statistic: Fold, mesh: Mesh | None) -> PyTree:
     """Return the state before anything is added; on a mesh, split over all of it."""
+    start = partial(_start, statistic)
     if mesh is None:
-        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), statistic.init())
-    placed = jax.tree.map(lambda leaf: meshes.spread(mesh, leaf.shape), jax.eval_shape(statistic.init))
-    return jax.jit(statistic.init, out_shardings=placed)()
+        return start()
+    placed = jax.tree.map(lambda leaf: meshes.spread(mesh, leaf.shape), jax.eval_shape(start))
+    return jax.jit(start, out_shardings=placed)()
+
+
+def _start(statistic: Fold) -> PyTree:
+    return jax.tree.map(_widened, statistic.init())
+
+
+def _widened(leaf: Any) -> jax.Array:
+    """Return a copy of what is added up, in the type of the sum."""
+    return jnp.array(leaf, tree.sum_dtype(jnp.result_type(leaf)), copy=True)
 
 
 @partial(jax.jit, static_argnames=("mesh", "split"), donate_argnums=(1,))
@@ -128,7 +139,7 @@ def _add(
     update: Callable[..., Any], state: PyTree, batch: Batch, valid: Bool[Array, " b"], *, mesh: Mesh | None, split: bool
 ) -> tuple[PyTree, Int[Array, ""]]:
     def whole(update: Callable[..., Any], batch: Batch, valid: Bool[Array, " b"]) -> PyTree:
-        increment = update(batch, valid)
+        increment = jax.tree.map(_widened, update(batch, valid))
         return increment if mesh is None or split else jax.lax.psum(increment, mesh.axis_names[0])
 
     if mesh is not None and not split:

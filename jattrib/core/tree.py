@@ -28,8 +28,7 @@ def dot(left: PyTree, right: PyTree) -> Float[Array, ""]:
     Leaves of half precision are summed in single precision.
     """
     _check_alike(left, right)
-    kind = _common_dtype(jax.tree.leaves((left, right)))
-    kind = jnp.float32 if kind in (jnp.bfloat16, jnp.float16) else kind
+    kind = sum_dtype(_common_dtype(jax.tree.leaves((left, right))))
     multiply = functools.partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
     products = jax.tree.map(lambda x, y: multiply(jnp.asarray(x, kind), jnp.asarray(y, kind)), left, right)
     return functools.reduce(jnp.add, jax.tree.leaves(products), jnp.zeros((), kind))
@@ -49,6 +48,11 @@ def axpy(factor: Scalar, x: PyTree, y: PyTree) -> PyTree:
 def scale(factor: Scalar, x: PyTree) -> PyTree:
     """Return `factor · x`, each leaf in its own dtype."""
     return jax.tree.map(lambda u: jnp.asarray(factor, jnp.asarray(u).dtype) * jnp.asarray(u), x)
+
+
+def sum_dtype(dtype: Any) -> Any:
+    """Return the type in which numbers of a type are summed: float32 for half precision, else their own."""
+    return jnp.dtype(jnp.float32 if dtype in (jnp.bfloat16, jnp.float16) else dtype)
 
 
 def zeros_like(x: PyTree) -> PyTree:

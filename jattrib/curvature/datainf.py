@@ -52,7 +52,7 @@ def precondition(
     names, sizes = _layers(params), {}
     for name, leaf in zip(names, jax.tree.leaves(params), strict=True):
         sizes[name] = sizes.get(name, 0) + leaf.size
-    kind = jnp.result_type(jax.tree.leaves(params)[0])
+    kind = tree.sum_dtype(jnp.result_type(jax.tree.leaves(params)[0]))
     if damping is None:
         zeros = {name: jnp.zeros((), kind) for name in sizes}
         sums = stream.fold(
@@ -78,8 +78,13 @@ def _layers(params: Params) -> list[str]:
     return [name.rpartition("/")[0] for name in tree.paths(params)]
 
 
+def _gradients(loss: OutputFn, params: Params, batch: Batch) -> Params:
+    """Return per-example gradients, those in half precision as single."""
+    return jax.tree.map(lambda leaf: leaf.astype(tree.sum_dtype(leaf.dtype)), per_example(loss, params, batch))
+
+
 def _squares(loss: OutputFn, params: Params, batch: Batch, valid: Bool[Array, " b"]) -> Layers:
-    squares = _norms(per_example(loss, params, batch))
+    squares = _norms(_gradients(loss, params, batch))
     return {name: jnp.vdot(valid.astype(each.dtype), each) for name, each in squares.items()}
 
 
@@ -95,13 +100,13 @@ def _norms(gradients: Params) -> dict[str, Float[Array, " b"]]:
 def _projections(
     loss: OutputFn, params: Params, ridges: Layers, vectors: Vectors, batch: Batch, valid: Bool[Array, " b"]
 ) -> Vectors:
-    gradients = per_example(loss, params, batch)
+    gradients = _gradients(loss, params, batch)
     names, norms = _layers(gradients), _norms(gradients)
     rows, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.reshape(len(leaf), -1), gradients))
     columns = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(vectors)]
     products: dict[str, Float[Array, "q b"]] = {}
     for name, g, v in zip(names, rows, columns, strict=True):
-        product = jnp.matmul(v, g.T, precision="highest")
+        product = jnp.matmul(v.astype(g.dtype), g.T, precision="highest")
         products[name] = products[name] + product if name in products else product
     weights = {name: valid.astype(norms[name].dtype) / (ridges[name] + norms[name]) for name in norms}
     sums = [
@@ -113,7 +118,7 @@ def _projections(
 
 def _finish(vectors: Vectors, total: Vectors, ridges: Layers, count: int) -> Vectors:
     leaves = [
-        (v - each / count) / ridges[name]
+        ((v.astype(each.dtype) - each / count) / ridges[name]).astype(v.dtype)
         for name, v, each in zip(_layers(vectors), jax.tree.leaves(vectors), jax.tree.leaves(total), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(vectors), leaves)

@@ -25,6 +25,8 @@ def fisher(
 ) -> Params:
     """Return the diagonal of the empirical Fisher matrix, `(1/n) Σ_i g_i²`, as a tree like the parameters.
 
+    Of gradients in half precision, squares and sums are in single.
+
     Args:
         loss: the loss of one example.
         params: the parameters.
@@ -67,10 +69,13 @@ def inverse(
 
 
 def _squares(loss: OutputFn, params: Params, batch: Batch, valid: Bool[Array, " b"]) -> Params:
-    gradients = per_example(loss, params, batch)
-    return jax.tree.map(lambda leaf: jnp.tensordot(valid.astype(leaf.dtype), jnp.square(leaf), axes=1), gradients)
+    def summed(leaf: Array) -> Array:
+        leaf = leaf.astype(tree.sum_dtype(leaf.dtype))
+        return jnp.tensordot(valid.astype(leaf.dtype), jnp.square(leaf), axes=1)
+
+    return jax.tree.map(summed, per_example(loss, params, batch))
 
 
 @jax.jit
 def _divide(damped: Params, vectors: Vectors) -> Vectors:
-    return jax.tree.map(lambda leaf, vector: vector / leaf[None], damped, vectors)
+    return jax.tree.map(lambda leaf, v: (v.astype(leaf.dtype) / leaf[None]).astype(v.dtype), damped, vectors)

@@ -78,7 +78,7 @@ def streamed(product: Product, source: Source, *, chunk: int = 256, mesh: jax.sh
         statistic = Fold(
             lambda: tree.zeros_like(vectors),
             jax.tree_util.Partial(_on_batch, product, jax.tree.map(jnp.asarray, vectors)),
-            lambda total: tree.scale(1 / len(source), total),
+            lambda total: jax.tree.map(lambda leaf, v: (leaf / len(source)).astype(v.dtype), total, vectors),
         )
         return stream.fold(statistic, source, chunk=chunk, mesh=mesh, progress=False)
 

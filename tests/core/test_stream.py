@@ -225,6 +225,17 @@ def test_double_precision_stays(x64):
 
 
 @pytest.mark.parametrize("devices", [None, 8])
+def test_half_precision_is_summed_in_single(devices):
+    statistic = Fold(
+        lambda: jnp.zeros(2, jnp.bfloat16), lambda b, v: (b * v[:, None].astype(b.dtype)).sum(0), lambda s: s
+    )
+    source = stream.InMemory(np.ones((4000, 2), jnp.bfloat16))
+    found = stream.fold(statistic, source, chunk=8, mesh=None if devices is None else meshes.data_mesh())
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, [4000, 4000])  # in half precision, 256
+
+
+@pytest.mark.parametrize("devices", [None, 8])
 def test_an_interrupted_fold_goes_on_with_the_same_bits(tmp_path, devices):
     mesh = None if devices is None else meshes.data_mesh()
     data = draw(70)
@@ -273,7 +284,7 @@ def test_init_is_not_consumed():
     ("update", "match"),
     [
         (lambda b, v: {"gram": jnp.zeros((3, 3))}, r"nothing at 'labels', where its state has int32\[\]"),
-        (lambda b, v: {**zero(), "gram": jnp.zeros((3, 3), jnp.bfloat16)}, r"bfloat16\[3, 3\] at 'gram'"),
+        (lambda b, v: {**zero(), "gram": jnp.zeros((3, 3), jnp.int32)}, r"int32\[3, 3\] at 'gram'"),
         (lambda b, v: {**zero(), "gram": jnp.zeros(3)}, r"float32\[3\] at 'gram', where its state has float32\[3, 3\]"),
     ],
 )

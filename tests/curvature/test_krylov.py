@@ -10,6 +10,7 @@ import pytest
 from jattrib.core import mesh as meshes
 from jattrib.core import tree
 from jattrib.core.errors import DivergedError, InvalidInputError
+from jattrib.core.stream import InMemory
 from jattrib.curvature import arnoldi, datainf, diagonal, explicit, krylov, products
 from tests.curvature import problems
 
@@ -224,6 +225,33 @@ def test_datainf_is_the_mean_of_inverses_layer_by_layer():
         np.testing.assert_allclose(problems.rows(found), wanted, rtol=1e-8)
     with pytest.raises(InvalidInputError, match=r"a damping of 0 in the layer 'first'"):
         datainf.precondition(problems.loss, problems.params(), problems.source(), vectors, damping=0)
+
+
+def test_parameters_in_half_precision_have_sums_in_single():
+    """Hundreds of small increments, at which a sum in half precision would stop; the gradients are its own."""
+    half, rng = jnp.bfloat16, np.random.default_rng(4)
+    params = {"kernel": jnp.asarray(rng.normal(size=3), half)}
+    x = np.asarray(jnp.asarray(rng.uniform(1, 2, (2000, 3)), half))
+    source, settings = InMemory(x), {"chunk": 4}
+    rows = x.astype(np.float64)
+
+    def loss(params, x):
+        return jnp.vdot(params["kernel"], x)
+
+    found = diagonal.fisher(loss, params, source, progress=False, **settings)
+    np.testing.assert_allclose(found["kernel"], np.square(rows).mean(0), rtol=1e-4)
+    vectors = {"kernel": jnp.asarray(rng.normal(size=(2, 3)), half)}
+    v = np.asarray(vectors["kernel"], np.float64)
+    solved = {
+        "diagonal": (diagonal.inverse(found, damping=0.5)(vectors), v / (np.square(rows).mean(0) + 0.5)),
+        "fisher": (products.streamed(products.fisher(loss, params), source, **settings)(vectors),
+                   v @ rows.T @ rows / len(rows)),
+        "datainf": (datainf.precondition(loss, params, source, vectors, damping=0.5, **settings),
+                    v @ np.mean([np.linalg.inv(np.outer(g, g) + 0.5 * np.eye(3)) for g in rows], axis=0)),
+    }  # fmt: skip
+    for name, (one, wanted) in solved.items():
+        assert one["kernel"].dtype == half, name
+        np.testing.assert_allclose(one["kernel"].astype(np.float64), wanted, rtol=0.02, atol=0.02, err_msg=name)
 
 
 def test_too_many_parameters_for_a_matrix_are_refused():
