@@ -63,7 +63,7 @@ def features(
     *,
     projector: Projector,
     key: Key[Array, ""],
-    chunk: int = 256,
+    chunk: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     into: Rows | None = None,
 ) -> Features:
@@ -75,7 +75,7 @@ def features(
         source: the examples.
         projector: the family of P.
         key: fixes P; the same for training examples and queries.
-        chunk: examples differentiated at once.
+        chunk: examples differentiated at once; when left out, as many as `projection.gradients.at_once` says.
         mesh: spreads the examples over its first axis.
         into: a store (`layout`, `identity`); chunks that it has are not computed again, and it is what is returned.
 
@@ -85,6 +85,7 @@ def features(
     """
     if into is not None:
         check(into, params, projector=projector, key=key)
+    chunk = gradients.at_once(params, projector=projector, mesh=mesh) if chunk is None else chunk
     operand = tree.callable_tree(output), params, projector.init(key, params)
     return stream.map_rows(
         _Featurize(projector), operand, source, chunk=chunk, mesh=mesh, into=into, label="features", progress=False,

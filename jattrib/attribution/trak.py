@@ -18,6 +18,7 @@ from jattrib.core.store import Rows
 from jattrib.core.types import Batch, OutputFn, Params, Projector, Source
 from jattrib.curvature.solve import solve
 from jattrib.grads.per_example import values_and_per_example
+from jattrib.projection.gradients import at_once
 
 Combination = Literal["mean_of_products", "product_of_means"]
 """How checkpoints are combined.
@@ -65,7 +66,7 @@ def features(
     projector: Projector,
     key: Key[Array, ""],
     loss: Callable[[Float[Array, ""]], Float[Array, ""]] = logistic,
-    chunk: int = 256,
+    chunk: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     into: Rows | None = None,
     progress: bool = True,
@@ -81,7 +82,7 @@ def features(
         projector: the family of the random projection P.
         key: fixes P.
         loss: the training loss as a function of f.
-        chunk: examples differentiated at once.
+        chunk: examples differentiated at once; when left out, as many as `projection.gradients.at_once` says.
         mesh: spreads the examples over its first axis.
         into: rows on disk (`layout` gives their arrays); chunks that it already holds are not computed again.
         progress: whether to show it.
@@ -92,6 +93,7 @@ def features(
     Source: Park et al. 2023, section 3.2, steps 1 to 3.  The package stores features in half precision
     and scales P by 1/√p; here they are float32 and inner products are unbiased, which scores do not see.
     """
+    chunk = at_once(params, projector=projector, mesh=mesh) if chunk is None else chunk
     operand = _Operand(tree.callable_tree(output), tree.callable_tree(loss), params, projector.init(key, params))
     rows = stream.map_rows(
         partial(_featurize, projector), operand, source, chunk=chunk, mesh=mesh, into=into, label="featurizing",

@@ -11,7 +11,7 @@ from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Batch, Fold, OutputFn, Params, Source
 from jattrib.curvature.diagonal import RELATIVE_DAMPING
 from jattrib.curvature.products import Vectors
-from jattrib.grads.per_example import per_example
+from jattrib.grads.per_example import at_once, per_example
 
 Layers = dict[str, Any]
 """Something for each layer, by the path of its leaves without their last part."""
@@ -25,7 +25,7 @@ def precondition(
     *,
     damping: float | int | None = None,
     relative_damping: float | int = RELATIVE_DAMPING,
-    chunk: int = 256,
+    chunk: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Vectors:
     """Return `(1/n) Σ_i (g_i g_iᵀ + λI)⁻¹ v` in each layer, `(v − (1/n) Σ_i g_i (g_iᵀv) / (λ + ‖g_i‖²)) / λ`.
@@ -40,7 +40,7 @@ def precondition(
         vectors: v, several at once.
         damping: λ; when left out, each layer has its own, `relative_damping` times its mean eigenvalue.
         relative_damping: see there.
-        chunk: examples differentiated at once.
+        chunk: examples differentiated at once; when left out, as many as `per_example.at_once` says.
         mesh: spreads the examples over its first axis.
 
     Raises:
@@ -48,6 +48,7 @@ def precondition(
 
     Source: Kwon et al. 2024, equation 5 and section 3.2.
     """
+    chunk = at_once(params, mesh=mesh) if chunk is None else chunk
     loss, settings = tree.callable_tree(loss), {"chunk": chunk, "mesh": mesh, "progress": False}
     names, sizes = _layers(params), {}
     for name, leaf in zip(names, jax.tree.leaves(params), strict=True):

@@ -8,7 +8,7 @@ from jattrib.core import stream, tree
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Batch, Fold, OutputFn, Params, Source
 from jattrib.curvature.products import Operator, Vectors
-from jattrib.grads.per_example import per_example
+from jattrib.grads.per_example import at_once, per_example
 
 RELATIVE_DAMPING = 0.1
 """Of a leaf's or a module's mean eigenvalue: the default of all factored curvatures."""
@@ -19,7 +19,7 @@ def fisher(
     params: Params,
     source: Source,
     *,
-    chunk: int = 256,
+    chunk: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> Params:
@@ -31,10 +31,11 @@ def fisher(
         loss: the loss of one example.
         params: the parameters.
         source: the n examples.
-        chunk: examples differentiated at once.
+        chunk: examples differentiated at once; when left out, as many as `per_example.at_once` says.
         mesh: spreads the examples over its first axis.
         progress: whether to show it.
     """
+    chunk = at_once(params, mesh=mesh) if chunk is None else chunk
     statistic = Fold(
         lambda: tree.zeros_like(params),
         jax.tree_util.Partial(_squares, tree.callable_tree(loss), params),

@@ -9,9 +9,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from jattrib.core import mesh as meshes
 from jattrib.core.types import Batch, Example, OutputFn, Params, Projector
+from jattrib.grads import per_example
 
 
 def of_gradients(
@@ -52,6 +55,16 @@ def values_and_of_gradients(
 
     zero = jnp.zeros(features.shape[1], features.dtype)
     return jax.vmap(jax.value_and_grad(value), in_axes=(None, 0))(zero, batch)
+
+
+def at_once(params: Params, *, projector: Projector, mesh: Mesh | None = None) -> int:
+    """Return how many examples to project at once where no number is given; see `per_example.at_once`.
+
+    A projector that needs no gradients takes as many as any.
+    """
+    if projector.direct is not None:
+        return per_example.MOST * meshes.width(mesh)
+    return per_example.at_once(params, mesh=mesh)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

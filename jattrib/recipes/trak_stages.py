@@ -32,7 +32,7 @@ class Method(configs.Room, frozen=True):
         projection: the random projection of the gradients.
         combination: how checkpoints are combined (`attribution.trak.Combination`).
         dampings: ridges to choose from, in units of the mean eigenvalue, by the LDS on held-out models.
-        chunk: examples differentiated at once.
+        chunk: examples differentiated at once; when left out, as many as suit the machine.
         keep_features: whether the features stay on disk when the run is done (4·k bytes an example and checkpoint).
     """
 
@@ -41,7 +41,7 @@ class Method(configs.Room, frozen=True):
     projection: Literal["sketch", "dense"] = "sketch"
     combination: trak.Combination = "product_of_means"
     dampings: Annotated[tuple[configs.NonNegative, ...], Meta(min_length=1)] = (0.03, 0.1, 0.3, 1.0)
-    chunk: configs.Count = 256
+    chunk: configs.Count | None = None
     keep_features: bool = False
 
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattrib.grads.per_example import per_example, values_and_per_example
+from jattrib.core import mesh as meshes
+from jattrib.grads.per_example import at_once, per_example, values_and_per_example
 from jattrib.models.mlp import mlp
 from jattrib.models.outputs import Margin
 
@@ -37,3 +38,15 @@ def test_each_row_is_the_gradient_of_its_example_alone():
         value, alone = jax.value_and_grad(output)(params, example)
         np.testing.assert_allclose(values[row], value, rtol=1e-5)
         jax.tree.map(lambda g, h, i=row: np.testing.assert_allclose(g[i], h, rtol=1e-4, atol=1e-6), gradients, alone)
+
+
+def test_as_many_at_once_as_the_memory_suits(monkeypatch):
+    def shapes(numbers, dtype=jnp.float32):
+        return {"kernel": jax.ShapeDtypeStruct((numbers,), dtype)}
+
+    fitting = [at_once(shapes(numbers)) for numbers in (1, 784 * 64, 784 * 256, 10**9)]
+    assert fitting == [256, 64, 16, 8]  # 16 MiB: of 13 and 16 MiB in powers of two
+    assert at_once(shapes(784 * 64, jnp.bfloat16)) == 128
+    assert at_once(shapes(784 * 64), mesh=meshes.data_mesh()) == 64 * jax.device_count()
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert [at_once(shapes(numbers)) for numbers in (784 * 64, 2**27, 10**10)] == [256, 8, 1]  # 4 GiB
