@@ -40,8 +40,10 @@ test: $(VENV)/.dev $(AOT)/.ready
 	$(AOT)/bin/python -m pytest -n auto --dist worksteal tests/compile -m "not slow and not gpu"
 
 test-all: $(VENV)/.dev $(AOT)/.ready
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu"
-	$(AOT)/bin/python -m pytest -n auto --dist worksteal tests/compile -m "not gpu"
+	status=0; \
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu" || status=$$?; \
+	$(AOT)/bin/python -m pytest -n auto --dist worksteal tests/compile -m "not gpu" || status=$$?; \
+	exit $$status
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

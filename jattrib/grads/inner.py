@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jattrib.core import tree
 from jattrib.core.types import Batch, OutputFn, Params
 from jattrib.grads import taps
 from jattrib.grads.taps import Layer, Layers
@@ -34,7 +35,8 @@ Way = Literal["outer", "inputs", "outputs"]
 
 
 def arrange(layers: Layers, directions: Params) -> Directions:
-    """Return directions, a tree like the parameters with a leading axis, as `products` takes them."""
+    """Return directions, a tree like the parameters with a leading axis, as `products` takes them: half as single."""
+    directions = jax.tree.map(lambda leaf: jnp.asarray(leaf, tree.sum_dtype(jnp.result_type(leaf))), directions)
     matrices, plain = taps.matrices(layers, directions)
     count = len(jax.tree.leaves(directions)[0])
     orders = {"outer": (1, 0, 2, 3), "inputs": (1, 2, 0, 3), "outputs": (1, 3, 0, 2)}
@@ -62,7 +64,7 @@ def products(
     parts = [jnp.sum(each, axis=0) for each in found.layers.values()]
     for path, gradient in found.plain.items():
         rows, columns = (each.reshape(len(each), -1) for each in (gradient, directions.plain[path]))
-        parts.append(jnp.matmul(rows, columns.T, precision="highest"))
+        parts.append(jnp.matmul(rows.astype(columns.dtype), columns.T, precision="highest"))
     return sum(parts[1:], start=parts[0])
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from jattrib.core import tree
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Example, Key, Params
 from jattrib.models.model import Apply
@@ -187,9 +188,12 @@ def label_loss(logits: Float[Array, "*t c"], example: Example) -> Float[Array, "
 
 
 def draw_label(key: Key, logits: Float[Array, "*t c"], example: Example) -> Example:
-    """Return the example `(x, y)` with labels drawn from the model, `y ~ softmax(logits)`; padding stays padding."""
+    """Return the example `(x, y)` with labels drawn from the model, `y ~ softmax(logits)`; padding stays padding.
+
+    Logits in half precision are drawn from in single: its noise would hardly ever choose a rare label.
+    """
     x, y = example
-    y = jnp.asarray(y)
+    y, logits = jnp.asarray(y), logits.astype(tree.sum_dtype(logits.dtype))
     return x, jnp.where(y < 0, y, jax.random.categorical(key, logits).astype(y.dtype))
 
 

@@ -159,3 +159,15 @@ def test_output_functions_take_one_sequence():
     places = jnp.arange(4)
     each = jax.vmap(lambda place: outputs.TokenLoss(apply, own)(PARAMS, (SEQUENCE, LABELS, place)))(places)
     np.testing.assert_allclose(each, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_rare_labels_are_drawn_as_often_as_they_should_be(dtype):
+    """In half precision's own noise one of odds e⁻⁷ is drawn half as often."""
+    draws, logits = 200_000, jnp.asarray([0, -7], dtype)
+    keys = jax.random.split(jax.random.key(0), draws)
+    _, labels = jax.vmap(lambda key: outputs.draw_label(key, logits, (0.0, 0)))(keys)
+    expected = draws / (1 + np.exp(7))
+    assert abs(int(labels.sum()) - expected) < 4 * np.sqrt(expected)
+    _, padding = outputs.draw_label(keys[0], logits[None], (0.0, jnp.asarray([-1])))
+    assert padding.tolist() == [-1]
