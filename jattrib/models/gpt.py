@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
+from jattrib.core import tree
 from jattrib.core.errors import InvalidInputError
 from jattrib.models.adapt import from_nnx
 from jattrib.models.model import Model
@@ -107,7 +108,7 @@ class Norm(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Return the normalised activations, in the dtype of `x`."""
         scale = self.scale[...]
-        wide = _wide(scale.dtype)
+        wide = tree.sum_dtype(scale.dtype)
         y, scale = x.astype(wide), scale.astype(wide)
         if self.bias is None:
             y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
@@ -134,9 +135,9 @@ class Attention(nnx.Module):
         head = (batch, length, self.config.groups, -1, self.config.head)
         q, k, v = self.query(x).reshape(head), self.key(x).reshape(head), self.value(x).reshape(head)
         if self.config.style == "llama":
-            angles = _angles(self.config, length, _wide(q.dtype))
+            angles = _angles(self.config, length, tree.sum_dtype(q.dtype))
             q, k = _rotate(q, angles), _rotate(k, angles)
-        logits = jnp.einsum("bqgnh,bkgh->bgnqk", q, k[:, :, :, 0], preferred_element_type=_wide(q.dtype))
+        logits = jnp.einsum("bqgnh,bkgh->bgnqk", q, k[:, :, :, 0], preferred_element_type=tree.sum_dtype(q.dtype))
         causal = jnp.tril(jnp.ones((length, length), bool))
         logits = jnp.where(causal[None, None, None], logits * self.config.head**-0.5, -jnp.inf)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
@@ -223,7 +224,7 @@ class Decoder(nnx.Module):
         x = self.embedding(tokens)
         dtype = x.dtype if self.config.dtype is None else jnp.dtype(self.config.dtype)
         x = self.norm(self._through_layers(x.astype(dtype)))
-        contract = partial(jnp.einsum, preferred_element_type=_wide(dtype))
+        contract = partial(jnp.einsum, preferred_element_type=tree.sum_dtype(dtype))
         if self.head is None:
             return contract("btd,vd->btv", x, self.embedding.tokens[...].astype(dtype))
         return contract("btd,dv->btv", x, self.head.kernel[...].astype(dtype))
@@ -302,8 +303,3 @@ def _linear(config: Config, before: int, after: int, *, rngs: nnx.Rngs, writes: 
     dtype = None if config.dtype is None else jnp.dtype(config.dtype)
     draw: Callable[..., Any] = nnx.initializers.normal(scale)
     return nnx.Linear(before, after, use_bias=config.style == "gpt2", dtype=dtype, kernel_init=draw, rngs=rngs)
-
-
-def _wide(dtype: Any) -> Any:
-    """Return `dtype`, or float32 if that is wider."""
-    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
