@@ -112,12 +112,11 @@ def _compile(lowered: Any, dump: Path | None) -> Any:
 
 
 def _text(lowered: Any, compiled: Any) -> str:
-    """Return the compiled program to be searched for names: as text if possible, else also its bytes as characters."""
+    """Return the compiled program to be searched for names; where it cannot be printed, what was lowered."""
     try:
         return compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # some asynchronous operations of libtpu's are more than jaxlib 0.10 can read
-        bytes_ = compiled.runtime_executable().serialize()
-        return lowered.as_text(dialect="hlo", debug_info=True) + bytes_.decode("latin-1")
+    except jax.errors.JaxRuntimeError:  # some asynchronous copies of libtpu's are more than jaxlib 0.10 can read
+        return lowered.as_text(dialect="hlo", debug_info=True)
 
 
 def memory(compiled: Any) -> Memory:
