@@ -126,12 +126,8 @@ def _begin(statistic: Fold, mesh: Mesh | None) -> PyTree:
 
 
 def _start(statistic: Fold) -> PyTree:
-    return jax.tree.map(_widened, statistic.init())
-
-
-def _widened(leaf: Any) -> jax.Array:
-    """Return a copy of what is added up, in the type of the sum."""
-    return jnp.array(leaf, tree.sum_dtype(jnp.result_type(leaf)), copy=True)
+    """Return a copy of the state before anything is added, in the types of the sums: what is added to is consumed."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree.widen(statistic.init()))
 
 
 @partial(jax.jit, static_argnames=("mesh", "split"), donate_argnums=(1,))
@@ -139,7 +135,7 @@ def _add(
     update: Callable[..., Any], state: PyTree, batch: Batch, valid: Bool[Array, " b"], *, mesh: Mesh | None, split: bool
 ) -> tuple[PyTree, Int[Array, ""]]:
     def whole(update: Callable[..., Any], batch: Batch, valid: Bool[Array, " b"]) -> PyTree:
-        increment = jax.tree.map(_widened, update(batch, valid))
+        increment = tree.widen(update(batch, valid))
         return increment if mesh is None or split else jax.lax.psum(increment, mesh.axis_names[0])
 
     if mesh is not None and not split:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 import types
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -55,6 +56,11 @@ def sum_dtype(dtype: Any) -> Any:
     return jnp.dtype(jnp.float32 if dtype in (jnp.bfloat16, jnp.float16) else dtype)
 
 
+def widen(x: PyTree) -> PyTree:
+    """Return `x`, each leaf in the type in which its numbers are summed: `sum_dtype`."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, sum_dtype(jnp.result_type(leaf))), x)
+
+
 def zeros_like(x: PyTree) -> PyTree:
     """Return zeros of the structure, shapes and dtypes of `x`."""
     return jax.tree.map(jnp.zeros_like, x)
@@ -73,6 +79,15 @@ def size(x: PyTree) -> int:
     9
     """
     return sum(int(np.prod(np.shape(leaf), dtype=np.int64)) for leaf in jax.tree.leaves(x))
+
+
+def nbytes(x: PyTree) -> int:
+    """Return how many bytes the arrays of `x`, or of such shapes, take.
+
+    >>> nbytes({"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3, jnp.bfloat16)})
+    30
+    """
+    return sum(math.prod(np.shape(leaf)) * jnp.result_type(leaf).itemsize for leaf in jax.tree.leaves(x))
 
 
 def paths(x: PyTree) -> list[str]:

@@ -79,13 +79,8 @@ def _layers(params: Params) -> list[str]:
     return [name.rpartition("/")[0] for name in tree.paths(params)]
 
 
-def _gradients(loss: OutputFn, params: Params, batch: Batch) -> Params:
-    """Return per-example gradients, those in half precision as single."""
-    return jax.tree.map(lambda leaf: leaf.astype(tree.sum_dtype(leaf.dtype)), per_example(loss, params, batch))
-
-
 def _squares(loss: OutputFn, params: Params, batch: Batch, valid: Bool[Array, " b"]) -> Layers:
-    squares = _norms(_gradients(loss, params, batch))
+    squares = _norms(tree.widen(per_example(loss, params, batch)))
     return {name: jnp.vdot(valid.astype(each.dtype), each) for name, each in squares.items()}
 
 
@@ -101,7 +96,7 @@ def _norms(gradients: Params) -> dict[str, Float[Array, " b"]]:
 def _projections(
     loss: OutputFn, params: Params, ridges: Layers, vectors: Vectors, batch: Batch, valid: Bool[Array, " b"]
 ) -> Vectors:
-    gradients = _gradients(loss, params, batch)
+    gradients = tree.widen(per_example(loss, params, batch))
     names, norms = _layers(gradients), _norms(gradients)
     rows, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.reshape(len(leaf), -1), gradients))
     columns = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(vectors)]

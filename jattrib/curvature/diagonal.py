@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, PyTree
 
 from jattrib.core import stream, tree
 from jattrib.core.errors import InvalidInputError
@@ -69,12 +69,14 @@ def inverse(
     return jax.tree_util.Partial(_divide, damped)
 
 
-def _squares(loss: OutputFn, params: Params, batch: Batch, valid: Bool[Array, " b"]) -> Params:
-    def summed(leaf: Array) -> Array:
-        leaf = leaf.astype(tree.sum_dtype(leaf.dtype))
-        return jnp.tensordot(valid.astype(leaf.dtype), jnp.square(leaf), axes=1)
+def squares(gradients: PyTree, valid: Bool[Array, " b"]) -> PyTree:
+    """Return `Σ_i g_i²` over the valid rows of every leaf `(b, …)`; those in half precision are summed in single."""
+    wide = tree.widen(gradients)
+    return jax.tree.map(lambda leaf: jnp.tensordot(valid.astype(leaf.dtype), jnp.square(leaf), axes=1), wide)
 
-    return jax.tree.map(summed, per_example(loss, params, batch))
+
+def _squares(loss: OutputFn, params: Params, batch: Batch, valid: Bool[Array, " b"]) -> Params:
+    return squares(per_example(loss, params, batch), valid)
 
 
 @jax.jit

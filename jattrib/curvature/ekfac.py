@@ -31,6 +31,7 @@ from jattrib.core import mesh as meshes
 from jattrib.core import stream, tree
 from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.types import Batch, Fold, OutputFn, Params, Source
+from jattrib.curvature import diagonal
 from jattrib.curvature.diagonal import RELATIVE_DAMPING
 from jattrib.curvature.labels import Numbered, Observed, Sampled, empirical_fisher, true_fisher
 from jattrib.curvature.products import Operator, Vectors
@@ -255,14 +256,14 @@ def _looked_up(layer: Layer) -> bool:
     return any(use.kind == "embedding" for use in layer.uses)
 
 
-def _second_moment(each: Array, valid: Bool[Array, " b"], size: int, kind: Any, diagonal: bool) -> Array:
+def _second_moment(each: Array, valid: Bool[Array, " b"], size: int, kind: Any, diagonal_only: bool) -> Array:
     if each.ndim == 3:  # indices
         kept = valid.astype(kind)[None, :, None]
         counts = jax.vmap(lambda rows, weight: jnp.zeros(size, kind).at[rows].add(weight, mode="drop"))
         rows = jnp.where(each < 0, size, each).reshape(len(each), -1)
         return counts(rows, jnp.broadcast_to(kept, each.shape).reshape(len(each), -1))
     kept = valid.astype(each.dtype)[None, :, None, None]
-    if diagonal or size > WIDEST:
+    if diagonal_only or size > WIDEST:
         return jnp.sum(jnp.square(each.astype(kind)) * kept.astype(kind), axis=(1, 2))
     rows = (each * kept).reshape(len(each), -1, size)
     return jnp.einsum("lri,lrj->lij", rows, each.reshape(rows.shape), precision="highest", preferred_element_type=kind)
@@ -331,9 +332,7 @@ def _squares(
     for name in names.keys() - at_once:
         gradients = _rotated(jnp.swapaxes(values[name], 0, 1), rotations[name])
         values[name] = jnp.einsum("b,blio->lio", valid.astype(gradients.dtype), jnp.square(gradients))
-    wide = {path: g.astype(taps.accumulator(g)) for path, g in found.plain.items()}
-    plain = {path: jnp.tensordot(valid.astype(g.dtype), jnp.square(g), axes=1) for path, g in wide.items()}
-    return values, plain
+    return values, diagonal.squares(found.plain, valid)
 
 
 def _turn(rows: Array, vectors: Array | None) -> Array:

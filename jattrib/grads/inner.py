@@ -36,8 +36,7 @@ Way = Literal["outer", "inputs", "outputs"]
 
 def arrange(layers: Layers, directions: Params) -> Directions:
     """Return directions, a tree like the parameters with a leading axis, as `products` takes them: half as single."""
-    directions = jax.tree.map(lambda leaf: jnp.asarray(leaf, tree.sum_dtype(jnp.result_type(leaf))), directions)
-    matrices, plain = taps.matrices(layers, directions)
+    matrices, plain = taps.matrices(layers, tree.widen(directions))
     count = len(jax.tree.leaves(directions)[0])
     orders = {"outer": (1, 0, 2, 3), "inputs": (1, 2, 0, 3), "outputs": (1, 3, 0, 2)}
     arranged = {layer.name: matrices[layer.name].transpose(orders[_way(layer, count)]) for layer in layers.layers}

@@ -1,11 +1,11 @@
 """Per-example gradients: `vmap` of `grad`."""
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jattrib.core import mesh as meshes
+from jattrib.core import tree
 from jattrib.core.types import Batch, OutputFn, Params
 
 MOST = 256
@@ -32,9 +32,7 @@ def at_once(params: Params, *, mesh: Mesh | None = None) -> int:
         params: the parameters, or their shapes.
         mesh: of the pass; None is the default device.
     """
-    leaves = jax.tree.leaves(params)
-    one = sum(leaf.size * jnp.result_type(leaf).itemsize for leaf in leaves)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     room, least = (2**24, 8) if platform == "cpu" else (2**32, 1)
-    fitting = max(room // max(one, 1), least)
+    fitting = max(room // max(tree.nbytes(params), 1), least)
     return meshes.width(mesh) * min(MOST, 1 << (fitting.bit_length() - 1))

@@ -64,10 +64,10 @@ def memory(
     kept = {"device": inner, "host": min(inner, 1), "recompute": inner.bit_length()}[checkpoints]
     share = where.blocks * (where.block // meshes.width(mesh))
     parts = {
-        "data": _bytes((run.data, cuts.rows_like(run.order, inputs.weights))),
-        "checkpoints": (1 + kept) * _bytes(start),
-        "trace": (1 + where.segment) * _bytes(start),
-        "cotangents": share * (_bytes(pullback.split(start)[0]) + _bytes((inputs.weights, inputs.hyper))),
+        "data": tree.nbytes((run.data, cuts.rows_like(run.order, inputs.weights))),
+        "checkpoints": (1 + kept) * tree.nbytes(start),
+        "trace": (1 + where.segment) * tree.nbytes(start),
+        "cotangents": share * (tree.nbytes(pullback.split(start)[0]) + tree.nbytes((inputs.weights, inputs.hyper))),
         "working": int(working),
     }
     return Memory(**parts, peak=sum(parts.values()))
@@ -121,7 +121,3 @@ def _abstract(value: PyTree, sharding: Any) -> PyTree:
 
 def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf), sharding=sharding)
-
-
-def _bytes(value: PyTree) -> int:
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))

@@ -119,6 +119,11 @@ def _text(lowered: Any, compiled: Any) -> str:
         return lowered.as_text(dialect="hlo", debug_info=True)
 
 
+def is_compiled(text: str) -> bool:
+    """Return whether a program's text is of what was compiled: in what is only lowered, no work is split yet."""
+    return "is_scheduled=true" in text
+
+
 def memory(compiled: Any) -> Memory:
     """Return the bytes that each device holds."""
     found = compiled.memory_analysis()

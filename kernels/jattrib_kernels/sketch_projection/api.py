@@ -103,8 +103,8 @@ def _core_by_core(
     n = x.shape[0]
     count = -(-n // parts)
     firsts = [min(first, n - count) for first in range(0, n, count)]  # the last part repeats rows of the one before
-    shape = (len(firsts), count, dim, copies)
-    every, memory = _begin(*shape, -(-x.shape[1] // dim), accumulator(x.dtype), key, offset)
+    blocks = -(-x.shape[1] // dim)
+    every, memory = _begin(len(firsts), count, dim, copies, blocks, accumulator(x.dtype), key, offset)
 
     def part(number: int) -> jax.Array:
         with jax.enable_x64(x.dtype == jnp.float64):  # a thread has settings of its own
