@@ -8,5 +8,6 @@
 * `stream`: `fold` (sums) and `map_rows` (rows) over a `Source`
 * `sources`: examples in memory, a part of them, a random-access sequence
 * `store`: rows and parameters on disk, checked when they are read (`files` and `params` are behind it)
+* `workers`: processes of one thread, one a core, that run one program
 * `progress`: the bar that every long loop shows
 """

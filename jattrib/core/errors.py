@@ -19,3 +19,7 @@ class StoreError(JattribError, OSError):
 
 class DivergedError(JattribError, FloatingPointError):
     """A computation left the finite numbers: a loss, a solver, a factorisation."""
+
+
+class WorkerError(JattribError, RuntimeError):
+    """A process that was started to share the work has ended before its time."""
