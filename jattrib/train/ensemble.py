@@ -92,6 +92,7 @@ def collect(
         InvalidInputError: masks, keys and data disagree, a mask is empty, or the strategy does not fit the mesh.
         DivergedError: a loss is not finite.
         StoreError: `directory` cannot be written, belongs to another run, or is damaged.
+        WorkerError: a process of the strategy `processes` was killed.
     """
     _check(ensemble, data, masks, keys, mesh)
     data = jax.tree.map(jnp.asarray, data)
@@ -110,10 +111,11 @@ def collect(
             identity={**_identity(ensemble, data), **(identity or {})},
         )
         _check_members(into, members)
-    found = stream.map_rows(
-        partial(chunk.train_chunk, ensemble), operand, members, chunk=width, mesh=mesh, into=into, label=label,
-        check=_check_finite, compiled=ensemble.strategy not in chunk.CALLS,
-    )  # fmt: skip
+    with chunk.trainer(ensemble, operand, masks.shape[1]) as run:
+        found = stream.map_rows(
+            run, operand, members, chunk=width, mesh=mesh, into=into, label=label, check=_check_finite,
+            compiled=ensemble.strategy not in chunk.CALLS,
+        )  # fmt: skip
     if into is not None:
         found = tree.from_names(like, {name: into.array(name) for name in tree.to_names(like)})
     return found["outputs"]
@@ -122,14 +124,17 @@ def collect(
 def choose(
     ensemble: Ensemble, data: Batch, masks: Bool[np.ndarray, "m n"], keys: Key[Array, " m"]
 ) -> dict[Strategy, float]:
-    """Return the seconds a model of each strategy here, fastest first, from a few steps of one chunk."""
+    """Return the seconds a model of each strategy here, fastest first, from a few steps of one chunk.
+
+    But for `processes`, whose start would take longer than the measurement: choose it for a thousand models.
+    """
     plan = ensemble.plan._replace(epochs=1, size=min(ensemble.plan.size, PROBE_STEPS * ensemble.plan.batch_size))
     width = ensemble.width or PROBE_MODELS
     chosen = np.arange(width) % len(masks)
     members = _MemberSource(masks, keys).take(chosen)
     operand = (tree.callable_tree(_nothing), jax.tree.map(jnp.asarray, data))
     seconds: dict[Strategy, float] = {}
-    for strategy in get_args(Strategy):
+    for strategy in (each for each in get_args(Strategy) if each != "processes"):
         run = partial(chunk.train_chunk, ensemble._replace(plan=plan, strategy=strategy))
         run = run if strategy in chunk.CALLS else jax.jit(run)
         jax.block_until_ready(run(operand, members))  # compiles
@@ -195,7 +200,7 @@ def _memory(
         run = partial(chunk.train_chunk, ensemble)
         return fits.memory(stream.lower_rows(run, operand, batch, chunk=each * meshes.width(mesh), mesh=mesh).compile())
     one = fits.memory(chunk.train_on_one_core.lower(ensemble, operand, *chunk.member_like(n)).compile())
-    at_once = meshes.cores() if ensemble.strategy == "threads" else 1
+    at_once = meshes.cores() if ensemble.strategy in chunk.BY_CORE else 1
     return fits.Memory(one.arguments, each * one.outputs, at_once * one.temporaries)
 
 

@@ -90,26 +90,6 @@ def classification_loss(model: Model) -> LossFn:
     return loss
 
 
-NARROW = 64
-"""Columns up to which the gradient of a matrix is a slow product on a core: they do not fill its registers."""
-
-
-def narrow(loss: LossFn) -> LossFn:
-    """Return the same loss with narrow matrices turned on their side within it, for a program of one core.
-
-    The gradient of a matrix W of few columns, `XᵀG`, is then computed as `GᵀX`, a third faster, and turned back.
-    """
-
-    def turned(leaf: Array) -> Array:
-        is_narrow = leaf.ndim == 2 and leaf.shape[1] <= NARROW
-        return jax.lax.optimization_barrier(leaf.T).T if is_narrow else leaf
-
-    def over(params: Params, state: Any, batch: Batch) -> tuple[Float[Array, " b"], Any]:
-        return loss(jax.tree.map(turned, params), state, batch)
-
-    return over
-
-
 def schedule(key: Key[Array, ""], mask: Bool[Array, " n"], plan: Plan) -> Schedule:
     """Draw the order of a run: for each epoch, a fresh permutation of the examples that the mask includes.
 

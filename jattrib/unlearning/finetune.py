@@ -18,8 +18,9 @@ from jattrib.core import mesh as meshes
 from jattrib.core import tree
 from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.types import Batch, Params
+from jattrib.core.workers import ONE_THREAD
 from jattrib.models.model import Apply
-from jattrib.train import loop
+from jattrib.train import loop, sideways
 
 
 class Models(NamedTuple):
@@ -254,9 +255,15 @@ def _tune_one(
     return Models(trained.params, trained.state)
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_cpu_multi_thread_eigen": False})
-def _tune_on_one_core(loss: loop.LossFn, optimizer: str, rows: Batch, *each: Any) -> Models:
-    return _tune_one(loop.narrow(loss), optimizer, rows, *each)
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=ONE_THREAD)
+def _tune_on_one_core(
+    loss: loop.LossFn, optimizer: str, rows: Batch, model: Models, own: Any, steps: Steps, movable: Any
+) -> Models:
+    turn = partial(sideways.turn, like=model.params)
+    start = model._replace(params=turn(model.params))
+    movable = None if movable is None else turn(movable)
+    found = _tune_one(sideways.turned(loss, model.params), optimizer, rows, start, own, steps, movable)
+    return found._replace(params=turn(found.params))
 
 
 def _tune_on_cores(loss: loop.LossFn, optimizer: str, rows: Batch, each: tuple[Models, Any, Steps, Any]) -> Models:

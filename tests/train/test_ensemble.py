@@ -54,7 +54,7 @@ def assert_close(left, right, rtol=2e-5):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6), left, right)
 
 
-@pytest.mark.parametrize("strategy", ["vmap", "map", "threads", "steps"])
+@pytest.mark.parametrize("strategy", ["vmap", "map", "threads", "processes", "steps"])
 def test_a_member_is_the_model_trained_alone(data, strategy):
     group = small(strategy=strategy)
     masks, keys = members(5)
@@ -65,7 +65,7 @@ def test_a_member_is_the_model_trained_alone(data, strategy):
         )
 
 
-@pytest.mark.parametrize("strategy", ["vmap", "map", "threads"])
+@pytest.mark.parametrize("strategy", ["vmap", "map", "threads", "processes"])
 def test_a_member_has_the_same_bits_in_any_chunk(data, strategy):
     group = small(strategy=strategy)
     masks, keys = members(6)

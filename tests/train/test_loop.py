@@ -8,7 +8,7 @@ import pytest
 
 from jattrib.core.errors import InvalidInputError
 from jattrib.models.mlp import mlp
-from jattrib.train import loop
+from jattrib.train import loop, sideways
 
 PLAN = loop.Plan(epochs=3, batch_size=4, size=10)
 
@@ -43,16 +43,16 @@ def problem(x64):
     return model, params, state, inputs, labels
 
 
-@pytest.mark.parametrize("form", [lambda loss: loss, loop.narrow], ids=["plain", "narrow"])
+@pytest.mark.parametrize("train", [loop.train, sideways.train], ids=["plain", "sideways"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_training_is_gradient_descent_on_the_weighted_mean_of_each_batch(problem, weighted, form):
+def test_training_is_gradient_descent_on_the_weighted_mean_of_each_batch(problem, weighted, train):
     model, params, state, inputs, labels = problem
     mask = np.ones(12, bool)
     mask[[3, 7]] = False
     order = loop.schedule(jax.random.key(2), jnp.asarray(mask), PLAN)
     weights = np.random.default_rng(1).uniform(0, 2, 12) if weighted else np.ones(12)
-    trained = loop.train(
-        form(loop.classification_loss(model)), optax.sgd(0.3, momentum=0.9), (params, state),
+    trained = train(
+        loop.classification_loss(model), optax.sgd(0.3, momentum=0.9), (params, state),
         (jnp.asarray(inputs), jnp.asarray(labels)), order, weights=jnp.asarray(weights) if weighted else None, epochs=3,
     )  # fmt: skip
     layer = params["layers"]["0"]
@@ -62,23 +62,6 @@ def test_training_is_gradient_descent_on_the_weighted_mean_of_each_batch(problem
     np.testing.assert_allclose(trained.params["layers"]["0"]["kernel"], kernel, rtol=1e-12)
     np.testing.assert_allclose(trained.params["layers"]["0"]["bias"], bias, rtol=1e-11)
     np.testing.assert_allclose(trained.losses, losses.reshape(3, -1).mean(1), rtol=1e-12)
-
-
-@pytest.mark.parametrize("columns", [3, loop.NARROW, loop.NARROW + 1])
-def test_a_narrow_loss_is_the_same_function(x64, columns):
-    rng = np.random.default_rng(columns)
-    kernel, inputs = jnp.asarray(rng.normal(size=(7, columns))), jnp.asarray(rng.normal(size=(4, 7)))
-
-    def loss(params, state, batch):
-        return jnp.sin(batch @ params).sum(axis=1), state
-
-    def derivatives(loss):
-        of = lambda kernel: loss(kernel, (), inputs)[0]  # noqa: E731
-        return of(kernel), jax.jacrev(of)(kernel), jax.jacfwd(of)(kernel)
-
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), derivatives(loop.narrow(loss)), derivatives(loss)
-    )
 
 
 def test_the_order_is_that_of_random_words_for_every_example():
