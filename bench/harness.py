@@ -117,6 +117,7 @@ def rates(
     work: float,
     unit: str,
     other_name: str,
+    other_work: float | None = None,
     packages: Sequence[str] = (),
     note: str = "",
 ) -> Row:
@@ -129,13 +130,16 @@ def rates(
         work: how many units one call does.
         unit: of the rate, as in `examples/s`.
         other_name: who the other is.
+        other_work: how many units one call of the other does, where that is not `work`.
         packages: the distributions that took part beside ours, for their versions.
         note: what else there is to know.
     """
+    done = work if other_work is None else other_work
+    rate, other_rate = work / ours.median, done / other.median
     return Row(
-        case=case, ours=work / ours.median, other=work / other.median, other_name=other_name,
-        ratio=other.median / ours.median, unit=unit, device=device(), versions=versions(packages),
-        ours_spread=(work / ours.high, work / ours.low), other_spread=(work / other.high, work / other.low),
+        case=case, ours=rate, other=other_rate, other_name=other_name, ratio=rate / other_rate, unit=unit,
+        device=device(), versions=versions(packages),
+        ours_spread=(work / ours.high, work / ours.low), other_spread=(done / other.high, done / other.low),
         ours_first_s=ours.first, other_first_s=other.first, note=note,
     )  # fmt: skip
 
