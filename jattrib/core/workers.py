@@ -9,7 +9,6 @@ notebook.
 import os
 import pickle
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -81,8 +80,8 @@ class Workers:
             "JAX_ENABLE_X64": str(jax.config.read("jax_enable_x64")),
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
-        self._processes = [
-            subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._processes = [  # in groups of their own: an interrupt from the keyboard is for the parent alone
+            subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
             for _ in range(self._count)
         ]
         leaves, structure = jax.tree.flatten(self._operand)
@@ -127,7 +126,6 @@ def _ended(process: subprocess.Popen[bytes]) -> WorkerError:
 
 def _serve() -> None:
     """Answer rows, one by one, until the parent closes the pipe or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anything prints must not mix with the replies
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
