@@ -6,7 +6,7 @@ What a mask turns off may be training examples (datamodels), components of a mod
 Columns are standardised inside; coefficients, intercepts and errors are in the units of the masks and outputs.  All
 targets share the design, so that nearly all of the time goes into matrix products.  The penalty, a target its own, is
 the one of the least squared error on rows that were held out.  Computing is in float32, or in float64 where JAX has it
-switched on (`jax.enable_x64`) and the outputs are of that type.
+switched on (`jax.enable_x64`).
 
     scores = lasso(masks, outputs, held_out=surrogate.hold_out(key, len(masks)))[0].coefficients
 """
@@ -19,9 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key, Num
+from jaxtyping import Array, Float, Int, Key, Num
 
-from jattrib.attribution import elastic_net
+from jattrib.attribution import elastic_net, kernel_ridge
+from jattrib.attribution.design import (
+    Design,
+    HeldOut,
+    Masks,
+    Outputs,
+    Weights,
+    centred,
+    checked,
+    make_design,
+    natural,
+)
 from jattrib.core import mesh as meshes
 from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.progress import track
@@ -31,11 +42,6 @@ CHUNK = 512
 
 GRAM_BYTES = 2**30
 """A larger Gram matrix is not kept: its parts are computed from the rows."""
-
-Masks = Num[Array | np.ndarray, "m n"] | Bool[Array | np.ndarray, "m n"]
-Outputs = Num[Array | np.ndarray, "m t"]
-HeldOut = Bool[np.ndarray, " m"]
-Weights = Num[np.ndarray, " m"]
 
 
 class Path(NamedTuple):
@@ -177,14 +183,14 @@ def lasso(
     coefficients are natural, and what is reached is known.
     """
     path, solver = path or Path(), solver or Solver()
-    masks, outputs = _checked(masks, outputs, held_out, weights)
+    masks, outputs = checked(masks, outputs, held_out, weights)
     _check_settings(path, solver)
     kept = np.ones(len(outputs), bool) if held_out is None else ~held_out
-    design = _design(masks, kept, weights, standardize=solver.standardize)
+    design = make_design(masks, kept, weights, standardize=solver.standardize)
     parts = _fit(design, outputs, path, solver, None, keep_path=keep_path, mesh=mesh, label="fitting", show=progress)
     found = parts
     if held_out is not None and solver.refit:
-        whole = _design(masks, np.ones(len(outputs), bool), weights, standardize=solver.standardize)
+        whole = make_design(masks, np.ones(len(outputs), bool), weights, standardize=solver.standardize)
         restart = _Restart(parts.penalties, parts.coefficients)
         found = _fit(
             whole, outputs, path, solver, restart, keep_path=False, mesh=mesh, label="refitting", show=progress
@@ -235,7 +241,7 @@ def ridge(
     least squares with the kernel as the covariance.
     """
     values = np.asarray(dampings, np.float64)
-    masks, outputs = _checked(masks, outputs, held_out, weights)
+    masks, outputs = checked(masks, outputs, held_out, weights)
     if values.ndim != 1 or not len(values) or not (np.isfinite(values) & (values > 0)).all():
         raise InvalidInputError(
             f"dampings {values.tolist()}", expected="one positive number or more",
@@ -250,17 +256,15 @@ def ridge(
     prior = np.zeros((masks.shape[1], outputs.shape[1])) if prior is None else np.asarray(prior, np.float64)
     every = np.ones(len(outputs), bool)
     kept = every if held_out is None else ~held_out
-    kernel = _kernel(_design(masks, kept, weights, standardize=standardize), outputs, prior)
+    kernel = kernel_ridge.decomposed(make_design(masks, kept, weights, standardize=standardize), outputs, prior)
     ridges = jnp.asarray(values, kernel.spectrum.dtype)
-    errors = np.asarray(jax.lax.map(lambda each: _ridge_errors(kernel, each), ridges))
+    errors = np.asarray(jax.lax.map(lambda each: kernel_ridge.errors(kernel, each), ridges))
     chosen = np.argmin(errors, axis=0)
     if held_out is not None:
-        kernel = _kernel(_design(masks, every, weights, standardize=standardize), outputs, prior)
-    dual, multiple = _dual(kernel, _inverse(kernel, jnp.asarray(values[chosen], kernel.spectrum.dtype)))
-    solution = jnp.matmul(jnp.matmul(dual, kernel.vectors.T, precision="highest"), kernel.design.rows,
-                          precision="highest")  # fmt: skip
+        kernel = kernel_ridge.decomposed(make_design(masks, every, weights, standardize=standardize), outputs, prior)
+    solution, multiple = kernel_ridge.solve(kernel, jnp.asarray(values[chosen], kernel.spectrum.dtype))
     multiples = np.asarray(multiple, np.float64) / kernel.norms
-    own = _natural(kernel.design, np.asarray(solution), kernel.means)
+    own = Surrogate(*natural(kernel.design, np.asarray(solution), kernel.means))
     added = np.where(np.isfinite(kernel.design.scales)[:, None], prior, 0) * multiples
     intercepts = own.intercepts - kernel.design.means @ added
     kind = own.coefficients.dtype
@@ -279,26 +283,11 @@ def least_squares(masks: Masks, outputs: Outputs, *, weights: Weights | None = N
     Raises:
         InvalidInputError: shapes differ, or an entry is not finite.
     """
-    masks, outputs = _checked(masks, outputs, None, weights)
-    design = _design(masks, np.ones(len(outputs), bool), weights, standardize=False)
-    targets, means = _centred(design, outputs)
+    masks, outputs = checked(masks, outputs, None, weights)
+    design = make_design(masks, np.ones(len(outputs), bool), weights, standardize=False)
+    targets, means = centred(design, outputs)
     solution = jnp.linalg.lstsq(design.rows, targets.T)[0]
-    return _natural(design, np.asarray(solution).T, means)
-
-
-class _Design(NamedTuple):
-    """Rows in standardised columns, multiplied by the roots of their weights, and how they were made.
-
-    `rows` are fitted, `others` held out; `scales` are 1 without standardisation, and infinite where a column is
-    constant, whose coefficient is 0.
-    """
-
-    rows: Float[Array, "m n"]
-    others: Float[Array, "h n"]
-    means: Float[np.ndarray, " n"]
-    scales: Float[np.ndarray, " n"]
-    kept: HeldOut
-    weights: Float[np.ndarray, " m"]
+    return Surrogate(*natural(design, np.asarray(solution).T, means))
 
 
 class _Restart(NamedTuple):
@@ -321,42 +310,8 @@ class _Parts(NamedTuple):
     path: Float[np.ndarray, "k n t"] | None
 
 
-def _design(masks: np.ndarray, kept: HeldOut, weights: Weights | None, *, standardize: bool) -> _Design:
-    """Centre and scale columns by the rows that are fitted."""
-    relative = np.ones(len(masks)) if weights is None else np.asarray(weights, np.float64)
-    relative = relative * (kept.sum() / relative[kept].sum())
-    part = relative[kept] / kept.sum()
-    values = np.asarray(masks, np.float64)
-    means = part @ values[kept]
-    centred = values - means
-    variances = part @ np.square(centred[kept])
-    varies = variances > 1e-12 * np.maximum(np.square(means), np.finfo(np.float64).tiny)
-    scales = np.where(varies, np.sqrt(variances) if standardize else 1.0, np.inf)
-    rows = (centred / scales * np.sqrt(relative)[:, None]).astype(_dtype(masks))
-    return _Design(jnp.asarray(rows[kept]), jnp.asarray(rows[~kept]), means, scales, kept, relative)
-
-
-def _dtype(masks: np.ndarray) -> type:
-    return np.float64 if jax.config.jax_enable_x64 else np.float32  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _centred(design: _Design, outputs: np.ndarray) -> tuple[Float[Array, "t m"], Float[np.ndarray, " t"]]:
-    """Return the fitted rows' outputs, centred and weighted as they are, and the means."""
-    weights = design.weights[design.kept]
-    values = np.asarray(outputs[design.kept], np.float64)
-    means = weights @ values / len(weights)
-    centred = (values - means) * np.sqrt(weights)[:, None]
-    return jnp.asarray(centred.T, design.rows.dtype), means
-
-
-def _natural(design: _Design, solution: Float[np.ndarray, "t n"], means: Float[np.ndarray, " t"]) -> Surrogate:
-    coefficients = np.asarray(solution, np.float64) / design.scales
-    intercepts = means - coefficients @ design.means
-    return Surrogate(coefficients.T.astype(solution.dtype), intercepts.astype(solution.dtype))
-
-
 def _fit(
-    design: _Design, outputs: np.ndarray, path: Path, solver: Solver, restart: _Restart | None, *,
+    design: Design, outputs: np.ndarray, path: Path, solver: Solver, restart: _Restart | None, *,
     keep_path: bool, mesh: Mesh | None, label: str, show: bool,
 ) -> _Parts:  # fmt: skip
     """Solve for all targets, a chunk at a time."""
@@ -372,7 +327,7 @@ def _fit(
     with track(t, label, progress=show) as advance:
         for start in range(0, t, size):
             at = np.minimum(np.arange(start, start + size), t - 1)
-            targets, means = _centred(design, outputs[:, at])
+            targets, means = centred(design, outputs[:, at])
             held_out = (outputs[~design.kept][:, at] - means) * others
             correlation = jnp.matmul(targets, design.rows, precision="highest")
             steps = _steps(np.asarray(correlation) / count, path) if restart is None else restart.penalties[at][:, None]
@@ -395,7 +350,7 @@ def _fit(
     steps, means = np.concatenate(lambdas), np.concatenate(averages)
     coefficients = np.where(np.isfinite(design.scales), 1 / design.scales, 0)
     return _Parts(
-        surrogate=_natural(design, whole.weights, means),
+        surrogate=Surrogate(*natural(design, whole.weights, means)),
         coefficients=whole.weights,
         chosen=whole.chosen,
         penalties=steps[np.arange(t), whole.chosen],
@@ -408,7 +363,7 @@ def _fit(
     )
 
 
-def _problem(design: _Design) -> elastic_net.Problem:
+def _problem(design: Design) -> elastic_net.Problem:
     return _prepare(design.rows, design.others, keep=design.rows.shape[1] ** 2 * design.rows.itemsize <= GRAM_BYTES)
 
 
@@ -424,124 +379,6 @@ def _steps(correlation: Float[np.ndarray, "t n"], path: Path) -> Float[np.ndarra
         return np.tile(np.sort(np.asarray(path.lambdas, np.float64))[::-1], (len(correlation), 1))
     largest = np.abs(correlation).max(axis=1).astype(np.float64) / path.l1_ratio
     return largest[:, None] * np.geomspace(1, path.ratio, path.count)
-
-
-class _Kernel(NamedTuple):
-    """The fitted rows' kernel `XXᵀ` in its eigenvectors, and what is regressed, in the same basis.
-
-    Attributes:
-        design: the rows.
-        spectrum: the eigenvalues.
-        vectors: the eigenvectors.
-        unit: the mean eigenvalue.
-        targets: outputs, centred.
-        priors: the prior's predictions, centred, of length 1; 0 without a prior.
-        means: of the outputs.
-        norms: what the prior's predictions were divided by.
-        wanted: outputs of the held-out rows, less the means.
-        told: the prior's predictions of them.
-    """
-
-    design: _Design
-    spectrum: Float[Array, " m"]
-    vectors: Float[Array, "m m"]
-    unit: Float[Array, ""]
-    targets: Float[Array, "t m"]
-    priors: Float[Array, "t m"]
-    means: Float[np.ndarray, " t"]
-    norms: Float[np.ndarray, " t"]
-    wanted: Float[Array, "t h"]
-    told: Float[Array, "t h"]
-
-
-def _kernel(design: _Design, outputs: np.ndarray, prior: Float[np.ndarray, "n t"]) -> _Kernel:
-    kind = design.rows.dtype
-    targets, means = _centred(design, outputs)
-    scaled = jnp.asarray((prior * np.where(np.isfinite(design.scales), design.scales, 0)[:, None]).T, kind)
-    here, there = (jnp.matmul(scaled, rows.T, precision="highest") for rows in (design.rows, design.others))
-    norms = np.asarray(jnp.linalg.norm(here, axis=1), np.float64)
-    norms = np.where(norms > 0, norms, 1)
-    divided = [each / jnp.asarray(norms, kind)[:, None] for each in (here, there)]
-    others = np.sqrt(design.weights[~design.kept])[:, None]
-    wanted = jnp.asarray(((outputs[~design.kept] - means) * others).T, kind)
-    spectrum, vectors = jnp.linalg.eigh(jnp.matmul(design.rows, design.rows.T, precision="highest"))
-    spectrum = jnp.maximum(spectrum, 0)
-    rotated = [jnp.matmul(each, vectors, precision="highest") for each in (targets, divided[0])]
-    first, second = rotated
-    return _Kernel(design, spectrum, vectors, jnp.mean(spectrum), first, second, means, norms, wanted, divided[1])
-
-
-def _inverse(kernel: _Kernel, damping: Float[Array, " d"]) -> Float[Array, "d m"]:
-    """Return the eigenvalues of `(XXᵀ + δ)⁻¹`, for one damping or one a target."""
-    return 1 / (kernel.spectrum[None, :] + damping[:, None] * kernel.unit)
-
-
-def _dual(kernel: _Kernel, inverse: Float[Array, "d m"]) -> tuple[Float[Array, "t m"], Float[Array, " t"]]:
-    """Return the dual coefficients `(XXᵀ + δ)⁻¹ (y − γ p)` in the eigenvectors, and γ."""
-    across = jnp.sum(kernel.priors * inverse * kernel.targets, axis=1)
-    within = jnp.sum(kernel.priors * inverse * kernel.priors, axis=1)
-    multiple = jnp.where(within > 0, across / jnp.where(within > 0, within, 1), 0)
-    return inverse * (kernel.targets - multiple[:, None] * kernel.priors), multiple
-
-
-def _ridge_errors(kernel: _Kernel, damping: Float[Array, ""]) -> Float[Array, " t"]:
-    """Return the mean squared error of one damping on held-out rows, or on each row in turn.
-
-    Left out, a row's error is its residual over one minus its leverage, that of the mean and the prior included.
-    """
-    design = kernel.design
-    inverse = _inverse(kernel, damping[None])
-    dual, multiple = _dual(kernel, inverse)
-    if not design.kept.all():
-        across = jnp.matmul(jnp.matmul(design.others, design.rows.T, precision="highest"), kernel.vectors,
-                            precision="highest")  # fmt: skip
-        predicted = jnp.matmul(dual, across.T, precision="highest") + multiple[:, None] * kernel.told
-        return jnp.sum(jnp.square(kernel.wanted - predicted), axis=1) / design.weights[~design.kept].sum().astype(
-            dual.dtype
-        )
-    residual, slope = (
-        jnp.matmul(each, kernel.vectors.T, precision="highest") for each in (dual, kernel.priors * inverse)
-    )
-    within = jnp.sum(kernel.priors * inverse * kernel.priors, axis=1, keepdims=True)
-    mean = jnp.asarray(design.weights / design.weights.sum(), dual.dtype) / (damping * kernel.unit)
-    kept = jnp.sum(jnp.square(kernel.vectors) * inverse, axis=1) - mean
-    kept = kept[None, :] - jnp.square(slope) / jnp.where(within > 0, within, 1)
-    tiny = jnp.finfo(dual.dtype).eps / (kernel.spectrum[-1] + damping * kernel.unit)
-    return jnp.mean(jnp.square(residual / jnp.maximum(kept, tiny)), axis=1)
-
-
-def _checked(
-    masks: Masks, outputs: Outputs, held_out: HeldOut | None, weights: Weights | None
-) -> tuple[np.ndarray, np.ndarray]:
-    masks, outputs = np.asarray(masks), np.asarray(outputs)
-    kept = np.ones(len(masks), bool) if held_out is None else ~np.asarray(held_out)
-    if len(masks) != len(outputs) or len(kept) != len(masks) or kept.sum() < 2 or not outputs.shape[1]:
-        raise InvalidInputError(
-            f"masks of {masks.shape}, outputs of {outputs.shape}, {int(kept.sum())} of {len(kept)} rows to fit",
-            expected="a row a model in both, at least two of them fitted, and a column a target",
-            remedy="transpose outputs that are [target, model]; hold out fewer rows",
-        )
-    if held_out is not None and kept.all():
-        raise InvalidInputError(
-            "held_out without a row", expected="some rows to choose by", remedy="pass `hold_out(key, rows)`, or None"
-        )
-    for name, each in (("masks", masks), ("outputs", outputs)):
-        if not np.isfinite(each).all():
-            raise InvalidInputError(
-                f"{np.count_nonzero(~np.isfinite(each))} entries of the {name} that are not finite",
-                expected="finite numbers",
-                remedy="leave out models that diverged",
-            )
-    if weights is not None:
-        weights = np.asarray(weights)
-        bad = weights.shape != (len(masks),) or not np.isfinite(weights).all() or weights.min() < 0
-        if bad or not all(weights[part].sum() > 0 for part in (kept, ~kept) if part.any()):
-            raise InvalidInputError(
-                f"weights of shape {weights.shape} for {len(masks)} rows",
-                expected="a number a row, finite, not negative, not all of them 0",
-                remedy="pass one weight a row of the masks",
-            )
-    return masks, outputs
 
 
 def _check_settings(path: Path, solver: Solver) -> None:

@@ -1,0 +1,106 @@
+"""The design of a regression: masks in standardised columns, and back to natural units."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Num
+
+from jattrib.core.errors import InvalidInputError
+
+Masks = Num[Array | np.ndarray, "m n"] | Bool[Array | np.ndarray, "m n"]
+Outputs = Num[Array | np.ndarray, "m t"]
+HeldOut = Bool[np.ndarray, " m"]
+Weights = Num[np.ndarray, " m"]
+
+
+class Design(NamedTuple):
+    """Rows in standardised columns, multiplied by the roots of their weights, and how they were made.
+
+    `rows` are fitted, `others` held out; `scales` are 1 without standardisation, and infinite where a column is
+    constant, whose coefficient is 0.
+    """
+
+    rows: Float[Array, "m n"]
+    others: Float[Array, "h n"]
+    means: Float[np.ndarray, " n"]
+    scales: Float[np.ndarray, " n"]
+    kept: HeldOut
+    weights: Float[np.ndarray, " m"]
+
+
+def make_design(masks: np.ndarray, kept: HeldOut, weights: Weights | None, *, standardize: bool) -> Design:
+    """Return masks with columns centred, and scaled, by the rows that are fitted."""
+    relative = np.ones(len(masks)) if weights is None else np.asarray(weights, np.float64)
+    relative = relative * (kept.sum() / relative[kept].sum())
+    part = relative[kept] / kept.sum()
+    values = np.asarray(masks, np.float64)
+    means = part @ values[kept]
+    moved = values - means
+    variances = part @ np.square(moved[kept])
+    varies = variances > 1e-12 * np.maximum(np.square(means), np.finfo(np.float64).tiny)
+    scales = np.where(varies, np.sqrt(variances) if standardize else 1.0, np.inf)
+    rows = (moved / scales * np.sqrt(relative)[:, None]).astype(_dtype())
+    return Design(jnp.asarray(rows[kept]), jnp.asarray(rows[~kept]), means, scales, kept, relative)
+
+
+def _dtype() -> type:
+    return np.float64 if jax.config.jax_enable_x64 else np.float32  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def centred(design: Design, outputs: np.ndarray) -> tuple[Float[Array, "t m"], Float[np.ndarray, " t"]]:
+    """Return the fitted rows' outputs, centred and weighted as they are, and the means."""
+    weights = design.weights[design.kept]
+    values = np.asarray(outputs[design.kept], np.float64)
+    means = weights @ values / len(weights)
+    return jnp.asarray(((values - means) * np.sqrt(weights)[:, None]).T, design.rows.dtype), means
+
+
+def natural(
+    design: Design, solution: Float[np.ndarray, "t n"], means: Float[np.ndarray, " t"]
+) -> tuple[Float[np.ndarray, "n t"], Float[np.ndarray, " t"]]:
+    """Return the coefficients and intercepts, in the units of masks and outputs, of weights of standardised columns."""
+    coefficients = np.asarray(solution, np.float64) / design.scales
+    intercepts = means - coefficients @ design.means
+    return coefficients.T.astype(solution.dtype), intercepts.astype(solution.dtype)
+
+
+def checked(
+    masks: Masks, outputs: Outputs, held_out: HeldOut | None, weights: Weights | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return masks and outputs as NumPy arrays.
+
+    Raises:
+        InvalidInputError: shapes differ, an entry is not finite, there are no rows to fit or to choose by, or weights
+            are no weights.
+    """
+    masks, outputs = np.asarray(masks), np.asarray(outputs)
+    kept = np.ones(len(masks), bool) if held_out is None else ~np.asarray(held_out)
+    if len(masks) != len(outputs) or len(kept) != len(masks) or kept.sum() < 2 or not outputs.shape[1]:
+        raise InvalidInputError(
+            f"masks of {masks.shape}, outputs of {outputs.shape}, {int(kept.sum())} of {len(kept)} rows to fit",
+            expected="a row a model in both, at least two of them fitted, and a column a target",
+            remedy="transpose outputs that are [target, model]; hold out fewer rows",
+        )
+    if held_out is not None and kept.all():
+        raise InvalidInputError(
+            "held_out without a row", expected="some rows to choose by", remedy="pass `hold_out(key, rows)`, or None"
+        )
+    for name, each in (("masks", masks), ("outputs", outputs)):
+        if not np.isfinite(each).all():
+            raise InvalidInputError(
+                f"{np.count_nonzero(~np.isfinite(each))} entries of the {name} that are not finite",
+                expected="finite numbers",
+                remedy="leave out models that diverged",
+            )
+    if weights is not None:
+        weights = np.asarray(weights)
+        bad = weights.shape != (len(masks),) or not np.isfinite(weights).all() or weights.min() < 0
+        if bad or not all(weights[part].sum() > 0 for part in (kept, ~kept) if part.any()):
+            raise InvalidInputError(
+                f"weights of shape {weights.shape} for {len(masks)} rows",
+                expected="a number a row, finite, not negative, not all of them 0",
+                remedy="pass one weight a row of the masks",
+            )
+    return masks, outputs
