@@ -1,4 +1,4 @@
-"""Runs a script as two processes of `jax.distributed` on this machine, two CPU devices each."""
+"""Runs scripts as processes of their own: two of `jax.distributed` on this machine, two CPU devices each."""
 
 import os
 import socket
@@ -11,17 +11,21 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 
 
+def environment(**settings: str) -> dict[str, str]:
+    """Return the environment of a process that imports this checkout."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": paths, **settings}
+
+
 def run_two(script: Path, directory: Path) -> list[dict[str, np.ndarray]]:
     """Run `python script PORT RANK DIRECTORY` for both ranks, and return the arrays each leaves in `rankR.npz`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(port), str(rank), str(directory)],
-            env={**os.environ, **flags, "PYTHONPATH": paths},
+            env=environment(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2"),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

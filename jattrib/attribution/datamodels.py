@@ -175,7 +175,7 @@ def differences(sources: int, offset: Float[np.ndarray, " q"]) -> Fold:
         offset: about the mean of each output (of the first models, say), taken off before squares are summed, lest
             rounding drown their spread; the result does not depend on it otherwise.
     """
-    kind = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32  # pyright: ignore[reportAttributeAccessIssue]
+    kind = jnp.result_type(float)
     shift = jnp.asarray(offset, kind)
     q = len(offset)
 

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Num
@@ -41,12 +40,8 @@ def make_design(masks: np.ndarray, kept: HeldOut, weights: Weights | None, *, st
     variances = part @ np.square(moved[kept])
     varies = variances > 1e-12 * np.maximum(np.square(means), np.finfo(np.float64).tiny)
     scales = np.where(varies, np.sqrt(variances) if standardize else 1.0, np.inf)
-    rows = (moved / scales * np.sqrt(relative)[:, None]).astype(_dtype())
+    rows = (moved / scales * np.sqrt(relative)[:, None]).astype(jnp.result_type(float))
     return Design(jnp.asarray(rows[kept]), jnp.asarray(rows[~kept]), means, scales, kept, relative)
-
-
-def _dtype() -> type:
-    return np.float64 if jax.config.jax_enable_x64 else np.float32  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def centred(design: Design, outputs: np.ndarray) -> tuple[Float[Array, "t m"], Float[np.ndarray, " t"]]:

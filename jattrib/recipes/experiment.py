@@ -68,7 +68,7 @@ class Config(configs.Room, frozen=True):
     model: configs.Model
     training: configs.Training
     evaluation: Evaluation = Evaluation()
-    strategy: Literal["auto", "vmap", "map", "threads", "processes", "steps"] = "auto"
+    strategy: Literal["auto", ensemble.Strategy] = "auto"
     width: configs.Count = 16
     seed: int = 0
 

@@ -82,7 +82,7 @@ def trainer(ensemble: Ensemble, operand: Operand, n: int) -> Iterator[Callable[.
         def process_by_process(operand: Operand, members: Mapping[str, Any]) -> Rows:
             del operand  # which the workers have
             rows = zip(np.asarray(members["masks"]), np.asarray(members["keys"]), strict=True)
-            return {**_stack(workers.map(rows), np.stack), "names": members["names"]}
+            return {**_stack(workers.map(rows)), "names": members["names"]}
 
         yield process_by_process
 
@@ -139,8 +139,8 @@ def _step_by_step(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"
     return _stack(found)
 
 
-def _stack(rows: Iterable[Rows], stack: Callable[..., Any] = jnp.stack) -> Rows:
-    return jax.tree.map(lambda *leaves: stack(leaves), *rows)
+def _stack(rows: Iterable[Rows]) -> Rows:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
 class _Start(NamedTuple):

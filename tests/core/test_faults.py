@@ -1,19 +1,17 @@
 """A pass that is killed with SIGKILL goes on where it stopped, with the bits of one that was not."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jattrib.core import params
 from jattrib.core.store import Rows
+from tests.distributed import environment
 
-HERE = Path(__file__).parent
 SCRIPT = """
 import sys, time
 from pathlib import Path
@@ -51,9 +49,8 @@ np.savez(directory / f"{what}.npz", result=result, read=Slow.read)
 
 
 def start(what, directory, seconds):
-    paths = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", SCRIPT, what, str(directory), str(seconds)]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
 def underway(what, directory):

@@ -15,8 +15,8 @@ import pytest
 
 from jattrib.core.errors import WorkerError
 from jattrib.core.workers import Workers
+from tests.distributed import environment
 
-ROOT = Path(__file__).parents[2]
 LIKE = (jax.ShapeDtypeStruct((3,), np.float32),)
 
 
@@ -95,9 +95,8 @@ def test_processes_end_in_the_middle_of_a_row_with_the_one_that_started_them(tmp
     """A script without a guard for its main module, too: workers do not import it."""
     script = tmp_path / "long.py"
     script.write_text(LONG)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     with subprocess.Popen(
-        [sys.executable, script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, script], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as parent:
         assert parent.stdout is not None
         assert parent.stderr is not None

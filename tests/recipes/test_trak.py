@@ -1,12 +1,10 @@
 """The TRAK recipe, run as a user runs it: through the command line, on real images, killed and resumed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,8 +13,8 @@ import pytest
 from jattrib.recipes import cli
 from jattrib.recipes import config as configs
 from jattrib.recipes import trak_stages as trak
+from tests.distributed import ROOT, environment
 
-ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "attribution" / "trak_fashion_mnist.toml"
 SMALL = [
     "data.train_size=300", "data.test_size=60", "model.widths=[12]", "training.epochs=4", "training.batch_size=50",
@@ -27,11 +25,9 @@ PROGRAM = "from jattrib.recipes.cli import main; main()"
 
 
 def start(directory, *overrides):
-    environment = {
-        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
-    }  # fmt: skip
     command = [sys.executable, "-c", PROGRAM, "run", str(CONFIG), "--out", str(directory), *SMALL, *overrides]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    settings = environment(JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def kill(process):

@@ -1,6 +1,5 @@
 """Ensembles that outlive their process: killed, spread over processes, found again, and sized to fit."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from jattrib.core import mesh as meshes
 from jattrib.core.errors import InvalidInputError, StoreError
 from jattrib.core.store import Rows
 from jattrib.train import ensemble, fit, recall
-from tests.distributed import ROOT, run_two
+from tests.distributed import environment, run_two
 from tests.train.margins import MODELS, margins
 from tests.train.test_ensemble import N, assert_same_bits, data, small, subset_masks
 
@@ -32,10 +31,9 @@ def undisturbed():
 @pytest.mark.parametrize("strategy", ["vmap", "processes"])
 def test_killed_at_any_point_it_ends_with_the_same_margins(undisturbed, tmp_path, strategy):
     directory = tmp_path / "rows"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     script = Path(__file__).with_name("margins.py")
     process = subprocess.Popen(
-        [sys.executable, str(script), str(directory), strategy], env={**os.environ, "PYTHONPATH": paths},
+        [sys.executable, str(script), str(directory), strategy], env=environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     journal = directory / "journal.jsonl"
