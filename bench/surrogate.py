@@ -11,7 +11,6 @@ gap of 1e-6 of the objective of zero weights.  Ours is in float32 and solves for
 seconds are scaled to all of them.
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -37,16 +36,19 @@ def run() -> list[dict[str, Any]]:
     harness.require("celer", "sklearn", "joblib")
     masks, outputs = problem()
     few = np.ascontiguousarray(outputs[:, :PEERS_TARGETS])
+
+    def ours() -> surrogate.Info:
+        return surrogate.lasso(masks, outputs, path=PATH, solver=surrogate.Solver(TOLERANCE), progress=False)[1]
+
     sides: dict[str, Callable[[], Any]] = {
-        "ours": lambda: surrogate.lasso(
-            masks, outputs, path=PATH, solver=surrogate.Solver(TOLERANCE, standardize=True), progress=False
-        )[1].gap,
+        "ours": lambda: ours().gap,
         "celer": lambda: paths("celer", masks, few),
         "scikit-learn": lambda: paths("scikit-learn", masks, few),
-    }  # fmt: skip
+    }
     timings = harness.compare(sides, calls=1)
     found, info = surrogate.lasso(masks, few, path=PATH, progress=False)
-    share = products(masks, outputs) / timings["ours"].median
+    count = ours().products.sum()
+    share = count * product_seconds(masks) / timings["ours"].median
     rows = []
     for name in ("celer", "scikit-learn"):
         theirs, gap = last(name, masks, few)
@@ -71,7 +73,8 @@ def run() -> list[dict[str, Any]]:
                 "note": f"the other's seconds are those of {PEERS_TARGETS} targets times {scale:g}; penalties down to "
                 f"{PATH.ratio:g} λ_max; gaps relative to the objective of zero weights, the largest at the last "
                 "penalty; apart: the largest difference of its coefficients over the largest coefficient; "
-                f"products_share: a product with the whole design a penalty, timed by itself, over our seconds; "
+                f"products_share: our {count / outputs.shape[1] / PATH.count:.1f} products with the design a penalty, "
+                "timed by themselves, over our seconds; "
                 f"columns in the last solutions: {(found.coefficients != 0).sum(axis=0).mean():.0f} on average",
             }
         )
@@ -126,18 +129,14 @@ def last(name: str, masks: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray,
     return np.stack([each for each, _ in found], axis=1) / scales[:, None], float(max(gaps[-1] for _, gaps in found))
 
 
-def products(masks: np.ndarray, outputs: np.ndarray) -> float:
-    """Return the seconds of the products with the whole design alone: one a penalty, as many targets at a time."""
+def product_seconds(masks: np.ndarray) -> float:
+    """Return the seconds that one target's product with the design takes, among as many as go in step on all cores."""
     columns, _ = standardized(masks)
-    rows = jnp.asarray(columns, jnp.float32)
-    whole = elastic_net.Problem(rows, None, rows[:0], jnp.ones(()), jnp.ones(COLUMNS))
-    vectors = jnp.asarray(np.random.default_rng(1).normal(size=(surrogate.CHUNK, COLUMNS)), jnp.float32)
-    multiply = jax.jit(partial(elastic_net.product, whole))
-    jax.block_until_ready(multiply(vectors))
-    begun = time.perf_counter()
-    for _ in range(5):
-        jax.block_until_ready(multiply(vectors))
-    return (time.perf_counter() - begun) / 5 * PATH.count * outputs.shape[1] / surrogate.CHUNK
+    rows, together = jnp.asarray(columns, jnp.float32), elastic_net.TOGETHER * meshes.cores()
+    design = elastic_net.Problem(rows, rows.T, None, rows[:0], jnp.ones(()), jnp.ones(COLUMNS))
+    vectors = jnp.asarray(np.random.default_rng(1).normal(size=(COLUMNS, together)), jnp.float32)
+    multiply = jax.jit(partial(elastic_net.product, design))
+    return harness.compare({"product": lambda: multiply(vectors)})["product"].median / together
 
 
 if __name__ == "__main__":

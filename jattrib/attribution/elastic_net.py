@@ -4,13 +4,13 @@ In standardised columns, and for each target of its own, it minimises
 
     ½ ‖y − X w‖² + α ‖w‖₁ + ½ β ‖w‖².
 
-A round solves each target's problem on a working set of columns, whose part of the Gram matrix is gathered and kept as
-long as it suffices, and then makes one product with the whole of it, for all targets together: the duality gap says
-whether a target goes on to its next penalty, the gradient which columns its working set lacked.  On the working set the
-method is `active_set`'s.  From one penalty to the next the solution, and with it the gradient, is extrapolated: both
-are piecewise linear.
+All targets go in step: each says which vector it wants to know `XᵀX v` of, one product of matrices answers them all,
+and each goes on from its answer, by `active_set`'s method.  So nearly all of the time is in products of matrices,
+whatever the targets do.
 
-Source: Massias, Gramfort and Salmon 2018 (working sets).
+Gradients move with the weights, and are computed anew, from the residual, before a target goes on to its next penalty:
+the duality gap is then that of the weights.  From one penalty to the next the solution, and with it the gradient, is
+extrapolated: both are piecewise linear.
 """
 
 from collections.abc import Callable
@@ -27,29 +27,34 @@ from jaxtyping import Array, Bool, Float, Int
 from jattrib.attribution import active_set
 from jattrib.core import mesh as meshes
 
-SIZES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
-"""Sizes of working sets, each compiled once; a target that needs more works on all columns."""
-
-GROUP = 64
-"""Targets that go through their rounds together on a device, at most."""
-
-GROUP_BYTES = 2**29
-"""What their parts of the Gram matrix may take."""
+TOGETHER = 32
+"""Targets in step on a device at the least: with fewer, products take as long.  On a core of a CPU at the most, too:
+more do not fit its cache."""
 
 SHARE = 16
 """Targets that are worth a core of their own."""
 
-TOGETHER = 8
-"""Targets whose steps on their working sets an accelerator takes side by side: each waits for the slowest of them."""
+FEW = 4
+"""At a time, of targets that something is computed of which few need."""
 
-MARGIN = 0.8
-"""Columns whose gradient is above this part of the penalty enter a working set with those above the whole."""
+REDUCTION = 0.4
+"""Of the residual of a linear system, at which its conjugate gradients end."""
 
-ROUNDS = 60
-"""At one penalty, before a target is given up there: its gap is then above the tolerance, and is reported."""
+CONJUGATE_STEPS = 40
+"""At most so many of them for one system."""
 
-SAFETY = 0.3
-"""The working set's problem is solved to this part of the tolerance."""
+MOVES = 16
+"""With so many moves a gradient is computed anew."""
+
+CHECKS = 60
+"""Of the gap at one penalty, before a target is given up there: it is then above the tolerance, and is reported."""
+
+SAFETY = 0.7
+"""Of the tolerance, at which the gap is worth a check."""
+
+CHECK, BEGIN, CONJUGATE, DONE = np.arange(4, dtype=np.int32)
+"""What a target wants its product for: the gradient at its weights; a step's beginning, with the columns off the active
+set at zero and those on it down their slopes; a conjugate gradient.  Or it has arrived."""
 
 
 class Problem(NamedTuple):
@@ -57,13 +62,15 @@ class Problem(NamedTuple):
 
     Attributes:
         rows: X, its columns of mean 0.
-        gram: `XᵀX`, or None where it is too large to keep.
+        columns: `Xᵀ` beside the rows, for a CPU, whose products with it are faster; or None.
+        gram: `XᵀX`, or None where products with the rows cost less, or it is too large to keep.
         held_out: rows that are predicted and not fitted, in the same units.
         lipschitz: the largest eigenvalue of `XᵀX`, or a little more.
         energies: the diagonal of `XᵀX`.
     """
 
     rows: Float[Array, "m n"]
+    columns: Float[Array, "n m"] | None
     gram: Float[Array, "n n"] | None
     held_out: Float[Array, "h n"]
     lipschitz: Float[Array, ""]
@@ -83,13 +90,13 @@ class Targets(NamedTuple):
         start: the weights to start from.
     """
 
-    outputs: Float[Array, "t m"]
-    correlation: Float[Array, "t n"]
-    energy: Float[Array, " t"]
-    held_out: Float[Array, "t h"]
-    alpha: Float[Array, "t k"]
-    beta: Float[Array, "t k"]
-    start: Float[Array, "t n"]
+    outputs: Float[Array, "*t m"]
+    correlation: Float[Array, "*t n"]
+    energy: Float[Array, "*t"]
+    held_out: Float[Array, "*t h"]
+    alpha: Float[Array, "*t k"]
+    beta: Float[Array, "*t k"]
+    start: Float[Array, "*t n"]
 
 
 class Rule(NamedTuple):
@@ -114,16 +121,16 @@ class Solution(NamedTuple):
         chosen: which penalty that is: the one of the least held-out error, or the last.
         gaps: the relative duality gap at every penalty, against all columns; NaN where the target did not go so far.
         errors: the sum of squares over the held-out rows at every penalty; NaN likewise.
-        rounds: how many products with the whole design it took.
+        products: with the design, that it took.
         path: the weights at every penalty, if they were asked for.
     """
 
-    weights: Float[Array, "t n"]
-    chosen: Int[Array, " t"]
-    gaps: Float[Array, "t k"]
-    errors: Float[Array, "t k"]
-    rounds: Int[Array, " t"]
-    path: Float[Array, "t p n"]
+    weights: Float[Array, "*t n"]
+    chosen: Int[Array, "*t"]
+    gaps: Float[Array, "*t k"]
+    errors: Float[Array, "*t k"]
+    products: Int[Array, "*t"]
+    path: Float[Array, "*t p n"]
 
 
 class _Lane(NamedTuple):
@@ -134,10 +141,18 @@ class _Lane(NamedTuple):
         gradient: `XᵀXw − Xᵀy`, without β's part.
         last_weights: those of the penalty before.
         last_gradient: likewise.
-        inside: the working set.
-        indices: its columns; n where there are fewer than its size.
+        step: of Newton's, as far as it is known.
+        change: by how much it changes the gradient, without β's part.
+        wanted: the vector to be multiplied.
+        phase: what for.
+        steps: products that this step has had.
+        norm: the square of its linear system's residual.
+        goal: at which that is solved.
+        pace: how far the last conjugate gradient went.
+        damping: μ.
+        moves: since the gradient was computed.
+        checks: at this penalty.
         stage: which penalty.
-        tries: rounds at it.
         best: the least held-out error so far.
         record: what it leaves.
     """
@@ -146,10 +161,18 @@ class _Lane(NamedTuple):
     gradient: Float[Array, "*t n"]
     last_weights: Float[Array, "*t n"]
     last_gradient: Float[Array, "*t n"]
-    inside: Bool[Array, "*t n"]
-    indices: Int[Array, "*t w"]
+    step: Float[Array, "*t n"]
+    change: Float[Array, "*t n"]
+    wanted: Float[Array, "*t n"]
+    phase: Int[Array, "*t"]
+    steps: Int[Array, "*t"]
+    norm: Float[Array, "*t"]
+    goal: Float[Array, "*t"]
+    pace: Float[Array, "*t"]
+    damping: Float[Array, "*t"]
+    moves: Int[Array, "*t"]
+    checks: Int[Array, "*t"]
     stage: Int[Array, "*t"]
-    tries: Int[Array, "*t"]
     best: Float[Array, "*t"]
     record: Solution
 
@@ -157,8 +180,8 @@ class _Lane(NamedTuple):
 def descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None = None) -> Solution:
     """Solve for every target along its penalties.
 
-    Targets whose working sets are of one size go through their rounds in groups; a group ends when half of it needs
-    more, or is done.  Of many targets each core of a CPU takes a part.
+    Where half of those in step have arrived, the others go on in half as many places.  Of many targets each core of a
+    CPU takes a part, and some of them at a time: where an eighth of these have arrived, others take their places.
 
     Args:
         problem: the design, whole on every device.
@@ -183,52 +206,81 @@ def descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None
 
 
 def _descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None) -> Solution:
-    n, devices = problem.rows.shape[1], meshes.width(mesh)
-    sizes = [*(size for size in SIZES if size < n), n]
-    lanes, needs = _begin(problem, targets, rule, mesh=mesh)
-    needs, stages = np.array(meshes.fetch(needs)), np.zeros(len(needs), np.int32)
-    while needs.any():
-        bucket = np.searchsorted(sizes, needs)
-        size = sizes[bucket[needs > 0].min()]
-        waiting = np.flatnonzero((needs > 0) & (bucket == sizes.index(size)))
-        width = devices * min(_width(size, problem.rows.itemsize), len(needs) // devices)
-        group = waiting[np.argsort(stages[waiting], kind="stable")][:width]
-        least = width // devices // 2 if len(waiting) > len(group) else 0
-        places = np.full(width, len(needs))
-        places[: len(group)] = group
-        lanes, needs_there, stages_there = _rounds(
-            problem, targets, lanes, places, np.int32(least), rule=rule, size=size, mesh=mesh
-        )
-        needs[group] = meshes.fetch(needs_there)[: len(group)]
-        stages[group] = meshes.fetch(stages_there)[: len(group)]
+    lanes = _begin(problem, targets, rule, mesh=mesh)
+    count, devices = targets.energy.shape[0], meshes.width(mesh)
+    live, stages = np.ones(count, bool), np.zeros(count, np.int32)
+    while live.any():
+        left = np.flatnonzero(live)
+        each, least = places(-(-len(left) // devices), most=count // devices)
+        group = left[np.argsort(stages[left], kind="stable")][: each * devices]
+        at = np.full(each * devices, count)
+        at[: len(group)] = group
+        lanes, going, there = _advance(problem, targets, lanes, at, np.int32(least), rule=rule, mesh=mesh)
+        live[group], stages[group] = (meshes.fetch(leaf)[: len(group)] for leaf in (going, there))
     return lanes.record
 
 
-def _width(size: int, itemsize: int) -> int:
-    """Return how many targets go together on a device: as many as their parts of the Gram matrix leave room for."""
-    return int(np.clip(GROUP_BYTES // (size * size * itemsize), 8, GROUP))
+def places(left: int, *, most: int) -> tuple[int, int]:
+    """Return how many places a device has for the targets left, and how few of those in them may be left in the end."""
+    widest = min(TOGETHER, most) if jax.default_backend() == "cpu" else most
+    each = min(max(TOGETHER, 1 << (left - 1).bit_length()), widest)
+    if left > each:
+        return each, each - max(each // 8, 1)
+    return each, each // 2 if each > TOGETHER else 0
 
 
-def product(problem: Problem, v: Float[Array, "*t n"]) -> Float[Array, "*t n"]:
-    """Return `XᵀX v`, by whichever is cheaper."""
-    gram = _cheap_gram(problem)
-    if gram is not None:
-        return jnp.matmul(v, gram, precision="highest")
-    return jnp.matmul(jnp.matmul(v, problem.rows.T, precision="highest"), problem.rows, precision="highest")
+def product(problem: Problem, v: Float[Array, "n t"], shift: Float[Array, "m t"] | None = None) -> Float[Array, "n t"]:
+    """Return `XᵀX v`, or `Xᵀ(Xv − shift)` where products are with the rows."""
+    if problem.gram is not None:
+        return _matmul(problem.gram, v)
+    fitted = _matmul(problem.rows, v)
+    columns = problem.rows.T if problem.columns is None else problem.columns
+    return _matmul(columns, fitted if shift is None else fitted - shift)
 
 
-def _gradient(problem: Problem, targets: Targets, weights: Float[Array, "t n"]) -> Float[Array, "t n"]:
-    """Return `Xᵀ(Xw − y)`: from the residual where products with the rows are as cheap, since it rounds least."""
-    if _cheap_gram(problem) is not None:
-        return product(problem, weights) - targets.correlation
-    residual = jnp.matmul(weights, problem.rows.T, precision="highest") - targets.outputs
-    return jnp.matmul(residual, problem.rows, precision="highest")
+_matmul = partial(jnp.matmul, precision="highest")
 
 
-def _cheap_gram(problem: Problem) -> Float[Array, "n n"] | None:
-    """Return the Gram matrix if a product with it costs no more than two with the rows."""
-    m, n = problem.rows.shape
-    return problem.gram if n <= 2 * m else None
+def _answers(problem: Problem, targets: Targets, lanes: _Lane) -> Float[Array, "t n"]:
+    """Return `XᵀX v` of the wanted vectors, less `Xᵀy` where they are weights.
+
+    With rows the residual is multiplied, since it rounds least.
+    """
+    is_check = (lanes.phase == CHECK)[:, None]
+    shift = jnp.where(is_check, targets.outputs, 0).T
+    answers = _as_it_is(product(problem, _as_it_is(lanes.wanted.T), shift)).T
+    return answers if problem.gram is None else answers - jnp.where(is_check, targets.correlation, 0)
+
+
+def _errors(problem: Problem, targets: Targets, lanes: _Lane) -> Float[Array, " t"]:
+    """Return the sum of squares over the held-out rows, of the targets that want their gradient."""
+    if not problem.held_out.shape[0]:
+        return jnp.zeros_like(targets.energy)
+
+    def some(weights: Float[Array, "t n"], outputs: Float[Array, "t h"]) -> Float[Array, " t"]:
+        predicted = _matmul(problem.held_out, _as_it_is(weights.T)).T
+        return jnp.sum(jnp.square(outputs - predicted), axis=1)
+
+    return _of_few(lanes.phase == CHECK, some, lanes.wanted, targets.held_out)
+
+
+def _of_few(
+    flags: Bool[Array, " t"], function: Callable[..., Float[Array, " f"]], *inputs: Float[Array, "t ..."]
+) -> Float[Array, " t"]:
+    """Return a function of the flagged targets' inputs, and 0 for others: few at a time, as seldom more are flagged."""
+    order, few = jnp.argsort(~flags), max(FEW, len(flags) // 8)
+
+    def some(number: Int[Array, ""], found: Float[Array, " t"]) -> Float[Array, " t"]:
+        at = order.at[number * few + jnp.arange(few, dtype=number.dtype)].get(mode="clip")
+        return found.at[at].set(jnp.where(flags[at], function(*(leaf[at] for leaf in inputs)), 0))
+
+    rounds = -(-jnp.sum(flags, dtype=jnp.int32) // few)
+    return jax.lax.fori_loop(0, rounds, some, jnp.zeros(len(flags), inputs[0].dtype))
+
+
+def _as_it_is(matrix: Float[Array, "a b"]) -> Float[Array, "a b"]:
+    """Keep XLA from turning a CPU's products: with the design on the left, those of few targets take half as long."""
+    return jax.lax.optimization_barrier(matrix) if jax.default_backend() == "cpu" else matrix
 
 
 def _spread(function: Callable, mesh: Mesh | None, whole: int, split: int) -> Callable:
@@ -241,171 +293,124 @@ def _spread(function: Callable, mesh: Mesh | None, whole: int, split: int) -> Ca
 
 
 @partial(jax.jit, static_argnames=("rule", "mesh"))
-def _begin(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None):
+def _begin(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None) -> _Lane:
     return _spread(partial(_begin_here, rule), mesh, 1, 1)(problem, targets)
 
 
-def _begin_here(rule: Rule, problem: Problem, targets: Targets) -> tuple[_Lane, Int[Array, " t"]]:
+def _begin_here(rule: Rule, problem: Problem, targets: Targets) -> _Lane:
+    """Return targets that want to know the gradient where they start."""
     t, n = targets.start.shape
-    k, none = targets.alpha.shape[1], jnp.zeros(t, jnp.int32)
-    gradient = _gradient(problem, targets, targets.start)
-    unknown = jnp.full_like(targets.alpha, jnp.nan)
-    path = jnp.zeros((t, k if rule.keep_path else 0, n), gradient.dtype)
+    k, none, nothing = targets.alpha.shape[1], jnp.zeros(t, jnp.int32), jnp.zeros_like(targets.start)
+    unknown, zero = jnp.full_like(targets.alpha, jnp.nan), jnp.zeros_like(targets.energy)
+    path = jnp.zeros((t, k if rule.keep_path else 0, n), nothing.dtype)
     record = Solution(targets.start, none, unknown, unknown, none, path)
-    lane = _Lane(
-        targets.start, gradient, targets.start, gradient, jnp.zeros((t, n), bool), jnp.zeros((t, 0), jnp.int32),
-        none, none, jnp.full_like(targets.energy, jnp.inf), record,
+    return _Lane(
+        weights=targets.start, gradient=nothing, last_weights=targets.start, last_gradient=nothing, step=nothing,
+        change=nothing, wanted=targets.start, phase=none + CHECK, steps=none, norm=zero, goal=zero,
+        pace=zero + 1 / problem.lipschitz, damping=zero, moves=none, checks=none, stage=none, best=zero + jnp.inf,
+        record=record,
     )  # fmt: skip
-    return lane, _needs(targets, lane)
 
 
-@partial(jax.jit, static_argnames=("rule", "size", "mesh"), donate_argnums=(2,))
-def _rounds(
+@partial(jax.jit, static_argnames=("rule", "mesh"), donate_argnums=(2,))
+def _advance(
     problem: Problem, targets: Targets, lanes: _Lane, places: Int[Array, " w"], least: Int[Array, ""], *,
-    rule: Rule, size: int, mesh: Mesh | None,
-):  # fmt: skip
-    """Let the targets at some places make rounds, and put them back; places beyond the last are padding."""
+    rule: Rule, mesh: Mesh | None,
+) -> tuple[_Lane, Bool[Array, " w"], Int[Array, " w"]]:  # fmt: skip
+    """Let the targets at some places go on until at most `least` a device are left; say which those are, and where.
+
+    Places beyond the last are padding.
+    """
     count = targets.energy.shape[0]
     some = tuple(jax.tree.map(lambda leaf: leaf[jnp.minimum(places, count - 1)], each) for each in (targets, lanes))
-    stage = jnp.where(places < count, some[1].stage, targets.alpha.shape[1])
-    some = (some[0], some[1]._replace(stage=stage))
+    some = (some[0], some[1]._replace(phase=jnp.where(places < count, some[1].phase, DONE)))
     if mesh is not None:
         some = jax.lax.with_sharding_constraint(some, meshes.rows(mesh))
-    run = _spread(partial(_rounds_here, rule, size), mesh, 2, 2)
-    moved, needs = run(problem, least, *some)
+    moved = _spread(partial(_advance_here, rule), mesh, 2, 2)(problem, least, *some)
     lanes = jax.tree.map(lambda old, new: old.at[places].set(new, mode="drop"), lanes, moved)
-    return lanes, needs, moved.stage
+    return lanes, moved.phase != DONE, moved.stage
 
 
-def _rounds_here(
-    rule: Rule, size: int, problem: Problem, least: Int[Array, ""], targets: Targets, lanes: _Lane
-) -> tuple[_Lane, Int[Array, " t"]]:
-    """Make rounds while more than `least` targets are to and a working set of `size` suffices them."""
-    t, n = targets.start.shape
-    everything = size == n
-    indices = jnp.broadcast_to(jnp.arange(n), (t, n)) if everything else jnp.full((t, size), n, jnp.int32)
-    lanes = lanes._replace(indices=indices, inside=jnp.full((t, n), everything))
-    grams = jnp.zeros((t, 0, 0) if everything else (t, size, size), lanes.weights.dtype)
+def _advance_here(rule: Rule, problem: Problem, least: Int[Array, ""], targets: Targets, lanes: _Lane) -> _Lane:
+    def going(lanes: _Lane) -> Bool[Array, ""]:
+        return jnp.sum(lanes.phase != DONE, dtype=jnp.int32) > least
 
-    def going(carry):
-        return jnp.sum(_live(carry[2], size), dtype=jnp.int32) > least
-
-    def iterate(carry):
-        lanes, grams, needs = carry
-        live = _live(needs, size)
-        if not everything:
-            lanes, grams = _gather(problem, targets, lanes, grams, live)
-        work = partial(_work, rule, problem)
-        together = None if jax.default_backend() == "cpu" else TOGETHER
-        weights = jax.lax.map(lambda each: work(*each), (targets, lanes, grams, live), batch_size=together)
-        gradient = _gradient(problem, targets, weights)
-        predicted = jnp.matmul(weights, problem.held_out.T, precision="highest")
-        errors = jnp.sum(jnp.square(targets.held_out - predicted), axis=1)
-        lanes = jax.vmap(partial(_judge, rule))(targets, lanes, live, weights, gradient, errors)
-        return lanes, grams, _needs(targets, lanes)
-
-    lanes, _, needs = jax.lax.while_loop(going, iterate, (lanes, grams, _needs(targets, lanes)))
-    return lanes._replace(indices=jnp.zeros((t, 0), jnp.int32)), needs
+    return jax.lax.while_loop(going, partial(_round, problem, rule, targets), lanes)
 
 
-def _live(needs: Int[Array, " t"], size: int) -> Bool[Array, " t"]:
-    return (needs > 0) & (needs <= size)
+def _round(problem: Problem, rule: Rule, targets: Targets, lanes: _Lane) -> _Lane:
+    """Take all targets from their products to the next that they want."""
+    answers, errors = _answers(problem, targets, lanes), _errors(problem, targets, lanes)
+    moved, onward, is_solved, is_whole = jax.vmap(partial(_conjugate, problem))(targets, lanes, answers)
+    ends = is_solved & (lanes.phase != CHECK) & (lanes.phase != DONE)
+    ways = (lanes.weights, lanes.gradient, moved.step, moved.change, *_penalties(targets, lanes.stage))
+    parts = _of_few(ends & ~is_whole, jax.vmap(active_set.best_part), *ways)
+    parts = jnp.where(ends & is_whole, 1, parts)
+    return jax.vmap(partial(_go_on, problem, rule))(targets, moved, answers, errors, onward, ends, parts)
 
 
-def _penalties(target: Targets, stage: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return α and β at one stage; beyond the last, the last."""
-    at = jnp.minimum(stage, target.alpha.shape[0] - 1)
-    return target.alpha[at], target.beta[at]
+def _conjugate(
+    problem: Problem, target: Targets, lane: _Lane, answer: Float[Array, " n"]
+) -> tuple[_Lane, Float[Array, " n"], Bool[Array, ""], Bool[Array, ""]]:
+    """Take what is now known into a target's step.
 
-
-def _wanted(target: Targets, lane: _Lane, part: float = 1.0) -> Bool[Array, " n"]:
-    """Return which columns a target's working set must have."""
+    Also return the next conjugate gradient, whether the step's linear system is solved, and whether all of it helps.
+    """
     alpha, beta = _penalties(target, lane.stage)
-    return (lane.weights != 0) | (jnp.abs(lane.gradient + beta * lane.weights) > part * alpha)
-
-
-def _needs(targets: Targets, lanes: _Lane) -> Int[Array, " t"]:
-    """Return how large a working set each target needs: 0 where it is done, 1 where what it has suffices."""
-
-    def one(target: Targets, lane: _Lane) -> Int[Array, ""]:
-        lacks = jnp.any(_wanted(target, lane) & ~lane.inside)
-        count = jnp.where(lacks, jnp.sum(_wanted(target, lane, MARGIN), dtype=jnp.int32), 1)
-        return jnp.where(lane.stage < target.alpha.shape[0], jnp.maximum(count, 1), 0)
-
-    return jax.vmap(one)(targets, lanes)
-
-
-def _gather(
-    problem: Problem, targets: Targets, lanes: _Lane, grams: Float[Array, "t w w"], live: Bool[Array, " t"]
-) -> tuple[_Lane, Float[Array, "t w w"]]:
-    """Choose a new working set, and take its part of the Gram matrix, where a target's lacks columns."""
-    n, size = lanes.weights.shape[1], grams.shape[1]
-    lacking = jax.vmap(lambda target, lane: jnp.any(_wanted(target, lane) & ~lane.inside))(targets, lanes)
-    lacking &= live
-    order = jnp.argsort(~lacking)
-
-    def one(number, carry):
-        inside, indices, grams = carry
-        at = order[number]
-        target, lane = (jax.tree.map(lambda leaf: leaf[at], each) for each in (targets, lanes))
-        wanted = _wanted(target, lane, MARGIN)
-        chosen = jnp.nonzero(wanted, size=size, fill_value=n)[0].astype(jnp.int32)
-        return inside.at[at].set(wanted), indices.at[at].set(chosen), grams.at[at].set(_part(problem, chosen))
-
-    carry = (lanes.inside, lanes.indices, grams)
-    inside, indices, grams = jax.lax.fori_loop(0, jnp.sum(lacking, dtype=jnp.int32), one, carry)
-    return lanes._replace(inside=inside, indices=indices), grams
-
-
-def _part(problem: Problem, chosen: Int[Array, " w"]) -> Float[Array, "w w"]:
-    if problem.gram is not None:
-        n = problem.gram.shape[0]
-        part = problem.gram.at[chosen[:, None], chosen[None, :]].get(mode="clip")
-        return jnp.where((chosen < n)[:, None] & (chosen < n)[None, :], part, 0)
-    columns = problem.rows.at[:, chosen].get(mode="fill", fill_value=0)
-    return jnp.matmul(columns.T, columns, precision="highest")
-
-
-def _work(
-    rule: Rule, problem: Problem, target: Targets, lane: _Lane, gram: Float[Array, "w w"], live: Bool[Array, ""]
-) -> Float[Array, " n"]:
-    """Return the weights that solve a target's problem on its working set."""
-    everything = gram.size == 0
-    take = (lambda leaf: leaf) if everything else lambda leaf: leaf.at[lane.indices].get(mode="fill", fill_value=0)
-    multiply = partial(product, problem) if everything else lambda v: jnp.matmul(gram, v, precision="highest")
-    column = partial(_column, problem) if everything else lambda at: gram[at]
-    alpha, beta = _penalties(target, lane.stage)
-    flat = jnp.finfo(lane.weights.dtype).eps * (problem.lipschitz + beta)
-    task = active_set.Task(
-        multiply, column, take(problem.energies), take(target.correlation), target.energy, alpha, beta, flat
+    extra, is_begin = beta + lane.damping, lane.phase == BEGIN
+    curvature = jnp.sum(lane.wanted * (answer + extra * lane.wanted))
+    flat = jnp.finfo(answer.dtype).eps * (problem.lipschitz + beta) * jnp.sum(lane.wanted * lane.wanted)
+    curved = curvature > flat
+    pace = jnp.where(curved, lane.norm / jnp.where(curved, curvature, 1), 0)
+    far, fresh = jnp.where(is_begin, 1, pace), lane.steps == 0
+    step = jnp.where(fresh, 0, lane.step) + far * lane.wanted
+    change = jnp.where(fresh, 0, lane.change) + far * answer
+    slope = lane.gradient + beta * lane.weights
+    signs = active_set.signs(lane.weights, slope, problem.energies + extra, alpha)
+    residual = jnp.where(signs != 0, -(slope + change + extra * step + alpha * signs), 0)
+    norm = jnp.sum(residual * residual)
+    kept = jnp.where(is_begin, 0, norm / jnp.where(lane.norm > 0, lane.norm, 1))
+    is_solved = (norm <= lane.goal) | (lane.steps + 1 >= CONJUGATE_STEPS) | ~(curved | is_begin)
+    is_whole = active_set.is_whole(lane.weights, lane.gradient, step, change, alpha, beta)
+    moved = lane._replace(
+        step=step,
+        change=change,
+        steps=lane.steps + 1,
+        norm=norm,
+        pace=jnp.where((lane.phase == CONJUGATE) & curved, pace, lane.pace),
     )
-    tolerance = jnp.where(live, SAFETY * rule.tolerance, jnp.inf)
-    weights = active_set.minimise(task, take(lane.weights), take(lane.gradient), tolerance)
-    if everything:
-        return weights
-    return jnp.zeros_like(lane.weights).at[lane.indices].set(weights, mode="drop")
+    return moved, residual + kept * lane.wanted, is_solved, is_whole
 
 
-def _column(problem: Problem, at: Int[Array, ""]) -> Float[Array, " n"]:
-    if problem.gram is not None:
-        return problem.gram[at]
-    return jnp.matmul(problem.rows[:, at], problem.rows, precision="highest")
+def _go_on(
+    problem: Problem, rule: Rule, target: Targets, lane: _Lane, answer: Float[Array, " n"], error: Float[Array, ""],
+    onward: Float[Array, " n"], ends: Bool[Array, ""], part: Float[Array, ""],
+) -> _Lane:  # fmt: skip
+    """Take a part of a target's step, if that has ended, or judge where it is; and say what it wants to know next."""
+    is_check = lane.phase == CHECK
+    alpha, beta = _penalties(target, lane.stage)
+    weights = lane.weights + part * lane.step
+    gradient = jnp.where(is_check, answer, lane.gradient + part * lane.change)
+    gap = active_set.relative_gap(weights, gradient + beta * weights, target.correlation, target.energy, alpha)
+    damping = active_set.damped(lane.damping, part, jnp.mean(problem.energies), problem.lipschitz)
+    moved = lane._replace(
+        weights=weights,
+        gradient=gradient,
+        damping=jnp.where(ends, damping, lane.damping),
+        moves=jnp.where(is_check, 0, lane.moves + ends.astype(jnp.int32)),
+    )
+    judged = _judge(rule, target, moved, gap, error, is_check)
+    checks = ends & ((gap <= SAFETY * rule.tolerance) | (moved.moves >= MOVES))
+    return _ask(problem, target, judged, onward, ends | is_check, checks)
 
 
 def _judge(
-    rule: Rule,
-    target: Targets,
-    lane: _Lane,
-    active: Bool[Array, ""],
-    weights: Float[Array, " n"],
-    gradient: Float[Array, " n"],
-    error: Float[Array, ""],
+    rule: Rule, target: Targets, lane: _Lane, gap: Float[Array, ""], error: Float[Array, ""], is_check: Bool[Array, ""]
 ) -> _Lane:
-    """Where a target has arrived, record it, and go to where the next penalty's solution should be."""
+    """Where a target's gap is small enough, record it, and go to where the next penalty's solution should be."""
     stages, stage, record = target.alpha.shape[0], lane.stage, lane.record
-    alpha, beta = _penalties(target, stage)
-    gap = active_set.relative_gap(weights, gradient + beta * weights, target.correlation, target.energy, alpha)
-    advance = active & ((gap <= rule.tolerance) | (lane.tries + 1 >= ROUNDS))
+    weights, gradient = lane.weights, lane.gradient
+    advance = is_check & ((gap <= rule.tolerance) | (lane.checks + 1 >= CHECKS))
     better = advance & (error < lane.best) if target.held_out.shape[0] else advance
     at = jnp.where(advance, stage, stages)
     chosen = jnp.where(better, stage, record.chosen)
@@ -414,7 +419,7 @@ def _judge(
         chosen=chosen,
         gaps=record.gaps.at[at].set(gap, mode="drop"),
         errors=record.errors.at[at].set(error, mode="drop"),
-        rounds=jnp.where(active, record.rounds + 1, record.rounds),
+        products=record.products + (lane.phase != DONE).astype(jnp.int32),
         path=record.path.at[at].set(weights, mode="drop") if rule.keep_path else record.path,
     )
     following = jnp.where(advance, stage + 1, stage)
@@ -423,19 +428,46 @@ def _judge(
     before, here, there = (_penalties(target, each)[0] for each in (jnp.maximum(stage - 1, 0), stage, following))
     known = advance & (before != here) & (following < stages)
     factor = jnp.where(known, (there - here) / jnp.where(known, here - before, 1), 0)
-    keep = lambda new, old: jnp.where(active, new, old)  # noqa: E731
-    return _Lane(
-        weights=keep(weights + factor * (weights - lane.last_weights), lane.weights),
-        gradient=keep(gradient + factor * (gradient - lane.last_gradient), lane.gradient),
+    return lane._replace(
+        weights=weights + factor * (weights - lane.last_weights),
+        gradient=gradient + factor * (gradient - lane.last_gradient),
         last_weights=jnp.where(advance, weights, lane.last_weights),
         last_gradient=jnp.where(advance, gradient, lane.last_gradient),
-        inside=lane.inside,
-        indices=lane.indices,
+        phase=jnp.where(following < stages, lane.phase, DONE),
+        checks=jnp.where(advance, 0, lane.checks + is_check.astype(jnp.int32)),
         stage=following,
-        tries=jnp.where(advance, 0, jnp.where(active, lane.tries + 1, lane.tries)),
         best=jnp.where(better, error, lane.best),
         record=record,
     )
+
+
+def _ask(
+    problem: Problem, target: Targets, lane: _Lane, onward: Float[Array, " n"], anew: Bool[Array, ""],
+    checks: Bool[Array, ""],
+) -> _Lane:  # fmt: skip
+    """Ask for the first product of a target's next step, for its gradient, or for the product with a direction."""
+    alpha, beta = _penalties(target, lane.stage)
+    slope = lane.gradient + beta * lane.weights
+    signs = active_set.signs(lane.weights, slope, problem.energies + beta + lane.damping, alpha)
+    off, downwards = jnp.where(signs != 0, 0, -lane.weights), jnp.where(signs != 0, -(slope + alpha * signs), 0)
+    begins = anew & jnp.any(off != 0)
+    first = jnp.where(begins, off + lane.pace * downwards, downwards)
+    norm = jnp.where(anew, jnp.sum(downwards * downwards), lane.norm)
+    phase = jnp.where(checks, CHECK, jnp.where(begins, BEGIN, CONJUGATE))
+    return lane._replace(
+        wanted=jnp.where(checks, lane.weights, jnp.where(anew, first, onward)),
+        phase=jnp.where(lane.phase == DONE, DONE, phase),
+        steps=jnp.where(anew, 0, lane.steps),
+        norm=norm,
+        goal=jnp.where(anew, REDUCTION**2 * norm, lane.goal),
+    )
+
+
+def _penalties(target: Targets, stage: Int[Array, "*t"]) -> tuple[Float[Array, "*t"], Float[Array, "*t"]]:
+    """Return α and β at one stage; beyond the last, the last."""
+    at = jnp.minimum(stage, target.alpha.shape[-1] - 1)[..., None]
+    alpha, beta = (jnp.take_along_axis(each, at, axis=-1)[..., 0] for each in (target.alpha, target.beta))
+    return alpha, beta
 
 
 def lipschitz(rows: Float[Array, "m n"], *, steps: int = 30) -> Float[Array, ""]:

@@ -41,7 +41,7 @@ CHUNK = 512
 """Targets at a time, on each device."""
 
 GRAM_BYTES = 2**30
-"""A larger Gram matrix is not kept: its parts are computed from the rows."""
+"""A larger Gram matrix is not kept: products are with the rows, one after the other."""
 
 
 class Path(NamedTuple):
@@ -92,6 +92,7 @@ class Info(NamedTuple):
         gap: the duality gap of the coefficients returned, divided by the objective of zero weights, `½ ‖y − ȳ‖²`.
         lambdas: the penalties.
         gaps: the gap at each, on the rows fitted; NaN where a target did not go so far.
+        products: how many products with the masks each target took to get there.
         errors: the mean squared error on held-out rows at each, weighted as the rows are; NaN where there are none.
         path: coefficients at every penalty, where they were asked for.
     """
@@ -101,6 +102,7 @@ class Info(NamedTuple):
     gap: Float[np.ndarray, " t"]
     lambdas: Float[np.ndarray, "k t"]
     gaps: Float[np.ndarray, "k t"]
+    products: Int[np.ndarray, " t"]
     errors: Float[np.ndarray, "k t"]
     path: Float[np.ndarray, "k n t"] | None = None
 
@@ -204,7 +206,7 @@ def lasso(
             remedy="ask for a larger tolerance or a larger last penalty (`Path.ratio`), or compute in float64",
         )
     return found.surrogate, Info(
-        parts.chosen, parts.penalties, gap, parts.lambdas, parts.gaps, parts.errors, parts.path
+        parts.chosen, parts.penalties, gap, parts.lambdas, parts.gaps, parts.products, parts.errors, parts.path
     )
 
 
@@ -306,6 +308,7 @@ class _Parts(NamedTuple):
     penalties: Float[np.ndarray, " t"]
     lambdas: Float[np.ndarray, "k t"]
     gaps: Float[np.ndarray, "k t"]
+    products: Int[np.ndarray, " t"]
     errors: Float[np.ndarray, "k t"]
     path: Float[np.ndarray, "k n t"] | None
 
@@ -356,6 +359,7 @@ def _fit(
         penalties=steps[np.arange(t), whole.chosen],
         lambdas=steps.T,
         gaps=whole.gaps.T,
+        products=whole.products,
         errors=(whole.errors / np.sum(design.weights[~design.kept])).T
         if len(others)
         else np.full_like(steps.T, np.nan),
@@ -364,13 +368,16 @@ def _fit(
 
 
 def _problem(design: Design) -> elastic_net.Problem:
-    return _prepare(design.rows, design.others, keep=design.rows.shape[1] ** 2 * design.rows.itemsize <= GRAM_BYTES)
+    m, n = design.rows.shape
+    return _prepare(design.rows, design.others, keep=n <= 2 * m and n * n * design.rows.itemsize <= GRAM_BYTES)
 
 
 @partial(jax.jit, static_argnames="keep")
 def _prepare(rows: Float[Array, "m n"], others: Float[Array, "h n"], *, keep: bool) -> elastic_net.Problem:
     gram = jnp.matmul(rows.T, rows, precision="highest") if keep else None
-    return elastic_net.Problem(rows, gram, others, elastic_net.lipschitz(rows), jnp.sum(jnp.square(rows), axis=0))
+    columns = rows.T if not keep and jax.default_backend() == "cpu" else None
+    energies = jnp.sum(jnp.square(rows), axis=0)
+    return elastic_net.Problem(rows, columns, gram, others, elastic_net.lipschitz(rows), energies)
 
 
 def _steps(correlation: Float[np.ndarray, "t n"], path: Path) -> Float[np.ndarray, "t k"]:

@@ -34,18 +34,6 @@ def noisy(problem):
     return masks, outputs + noise * np.array([0, 0, 0, 4, 8, 16])
 
 
-@pytest.fixture
-def small_sets(monkeypatch):
-    """Working sets of 48 and 96 columns, so that targets outgrow both."""
-    monkeypatch.setattr(elastic_net, "SIZES", (48, 96))
-
-
-@pytest.fixture
-def one_set(monkeypatch):
-    """All columns at once: fewer programs to compile, where sets are not what is tested."""
-    monkeypatch.setattr(elastic_net, "SIZES", ())
-
-
 def sklearn_path(masks, outputs, lambdas, *, l1_ratio=1.0, standardize=True, weights=None):
     """Return coefficients [k, n, t] and intercepts [k, t] in natural units, by coordinate descent to 1e-14."""
     found = np.zeros((len(lambdas), masks.shape[1], outputs.shape[1])), np.zeros((len(lambdas), outputs.shape[1]))
@@ -63,12 +51,11 @@ def sklearn_path(masks, outputs, lambdas, *, l1_ratio=1.0, standardize=True, wei
 
 
 @pytest.mark.parametrize("l1_ratio", [1.0, pytest.param(0.6, marks=pytest.mark.slow)])
-def test_the_path_is_that_of_scikit_learn(problem, x64, small_sets, l1_ratio):
+def test_the_path_is_that_of_scikit_learn(problem, x64, l1_ratio):
     masks, outputs = problem
     path = Path(ratio=0.03, count=6, l1_ratio=l1_ratio)
     found, info = surrogate.lasso(masks, outputs, path=path, solver=EXACT, keep_path=True, progress=False)
     coefficients, intercepts = sklearn_path(masks, outputs, info.lambdas, l1_ratio=l1_ratio)
-    assert (coefficients[-1] != 0).sum(axis=0).max() > 48  # a set of the first size was outgrown
     scale = np.abs(coefficients).max(axis=(0, 1))
     np.testing.assert_allclose(info.path / scale, coefficients / scale, atol=1e-5)
     np.testing.assert_allclose(found.coefficients / scale, coefficients[-1] / scale, atol=1e-5)
@@ -79,7 +66,7 @@ def test_the_path_is_that_of_scikit_learn(problem, x64, small_sets, l1_ratio):
 
 
 @pytest.mark.slow
-def test_single_precision_reaches_the_same(problem, one_set):
+def test_single_precision_reaches_the_same(problem):
     """float32 throughout: a gap below 1e-6, and so coefficients to about its root times the outputs."""
     masks, outputs = problem
     found, info = surrogate.lasso(masks, outputs, path=Path(ratio=0.1, count=6), progress=False,
@@ -91,7 +78,7 @@ def test_single_precision_reaches_the_same(problem, one_set):
     np.testing.assert_allclose(found.coefficients / scale, coefficients[0] / scale, atol=3e-4)
 
 
-def test_weights_of_rows_and_columns_as_they_are(problem, x64, one_set):
+def test_weights_of_rows_and_columns_as_they_are(problem, x64):
     """With no standardisation the objective is scikit-learn's own, sample weights included."""
     masks, outputs = problem
     weights = np.random.default_rng(1).uniform(0.1, 3, len(masks))
@@ -108,7 +95,7 @@ def test_weights_of_rows_and_columns_as_they_are(problem, x64, one_set):
 
 
 @pytest.mark.slow
-def test_the_penalty_is_that_of_least_held_out_error(noisy, x64, one_set):
+def test_the_penalty_is_that_of_least_held_out_error(noisy, x64):
     masks, outputs = noisy
     held_out = surrogate.hold_out(jax.random.key(3), 90, fraction=0.3)
     assert held_out.sum() == 27
@@ -131,7 +118,7 @@ def test_the_penalty_is_that_of_least_held_out_error(noisy, x64, one_set):
 
 
 @pytest.mark.slow
-def test_patience_ends_a_target_where_its_errors_rise(noisy, one_set):
+def test_patience_ends_a_target_where_its_errors_rise(noisy):
     masks, outputs = noisy
     settings = {
         "held_out": surrogate.hold_out(jax.random.key(3), 90, fraction=0.3), "path": Path(ratio=0.05, count=12),
@@ -149,7 +136,7 @@ def test_patience_ends_a_target_where_its_errors_rise(noisy, one_set):
 
 
 @pytest.mark.slow
-def test_columns_that_depend_on_one_another_do_not_stop_it(x64, one_set):
+def test_columns_that_depend_on_one_another_do_not_stop_it(x64):
     """Every column twice, and a target in their span: the solution is not unique, the fit and its gap are."""
     rng = np.random.default_rng(2)
     masks = np.repeat(rng.random((40, 20)) < 0.5, 2, axis=1)
@@ -166,7 +153,7 @@ def test_columns_that_depend_on_one_another_do_not_stop_it(x64, one_set):
 
 
 @pytest.mark.slow
-def test_few_rows_are_fitted_nearly_exactly(one_set):
+def test_few_rows_are_fitted_nearly_exactly():
     """Down to a thousandth of λ_max, far more columns than rows are in play: most Newton systems are singular."""
     rng = np.random.default_rng(0)
     masks = np.array([rng.permutation(200) < 100 for _ in range(22)])
@@ -178,7 +165,7 @@ def test_few_rows_are_fitted_nearly_exactly(one_set):
 
 
 @pytest.mark.slow
-def test_neither_chunks_nor_devices_matter(problem, monkeypatch, one_set):
+def test_neither_chunks_nor_devices_matter(problem, monkeypatch):
     masks, outputs = problem
     held_out = surrogate.hold_out(jax.random.key(3), 90, fraction=0.3)
     settings = {"held_out": held_out, "path": Path(ratio=0.1, count=5), "progress": False}
@@ -187,15 +174,18 @@ def test_neither_chunks_nor_devices_matter(problem, monkeypatch, one_set):
     chunked, _ = surrogate.lasso(masks, outputs, **settings)
     monkeypatch.setattr(surrogate, "CHUNK", 1)
     spread, other = surrogate.lasso(masks, outputs, mesh=meshes.data_mesh(jax.devices()[:4]), **settings)
+    monkeypatch.setattr(surrogate, "CHUNK", 512)
+    monkeypatch.setattr(elastic_net, "TOGETHER", 2)
+    in_turn, _ = surrogate.lasso(masks, outputs, **settings)
     scale = np.abs(one.coefficients).max(axis=0)
-    for each in (chunked, spread):
+    for each in (chunked, spread, in_turn):
         np.testing.assert_allclose(each.coefficients / scale, one.coefficients / scale, atol=2e-3)
     np.testing.assert_array_equal(other.chosen, info.chosen)
     np.testing.assert_allclose(other.errors, info.errors, rtol=1e-3)
 
 
 @pytest.mark.slow
-def test_a_gram_matrix_too_large_to_keep_is_done_without(problem, x64, one_set, monkeypatch):
+def test_a_gram_matrix_too_large_to_keep_is_done_without(problem, x64, monkeypatch):
     masks, outputs = problem
     settings = {"path": Path(ratio=0.1, count=4), "solver": EXACT, "progress": False}
     kept, _ = surrogate.lasso(masks, outputs, **settings)
@@ -259,7 +249,7 @@ def test_least_squares_are_exact_with_and_without_enough_rows(x64, rows):
     np.testing.assert_allclose(found.intercepts, model.intercept_, atol=1e-8)
 
 
-def test_a_target_that_is_constant_has_no_weights(problem, one_set):
+def test_a_target_that_is_constant_has_no_weights(problem):
     masks, outputs = problem
     flat = np.concatenate([outputs[:, :1], np.full((90, 1), 3.0)], axis=1)
     found, info = surrogate.lasso(masks, flat, path=Path(ratio=0.1, count=5), progress=False)
@@ -283,9 +273,41 @@ def test_the_gap_is_between_primal_and_dual(x64):
     assert float(found) == pytest.approx((primal - dual) / (0.5 * y @ y), rel=1e-10)
 
 
+def test_of_a_step_the_best_part_is_taken(x64):
+    """Parts against the objective itself on a fine grid: beyond a minimum, across signs, and where all of it helps."""
+    rng = np.random.default_rng(6)
+    X, y, w = rng.normal(size=(30, 8)), rng.normal(size=30), rng.normal(size=8)
+    alpha, beta = 2.0, 0.5
+    parts = np.linspace(0, 1, 20_001)
+    near = np.linalg.solve(X.T @ X + (beta + 40) * np.eye(8), X.T @ y + 40 * w)
+    ends = (w + 4 * (near - w), -w, near)
+    found = []
+    for end in ends:
+        points = w + parts[:, None] * (end - w)
+        values = 0.5 * np.square(y - points @ X.T).sum(1) + alpha * np.abs(points).sum(1)
+        best = parts[np.argmin(values + 0.5 * beta * np.square(points).sum(1))]
+        way = (w, X.T @ (X @ w - y), end - w, X.T @ X @ (end - w), np.array(alpha), np.array(beta))
+        assert float(active_set.best_part(*map(jnp.asarray, way))) == pytest.approx(best, abs=1e-4)
+        assert bool(active_set.is_whole(*map(jnp.asarray, way))) == (best == 1)
+        found.append(best)
+    assert 0 < found[0] < 1
+    assert 0 < found[1] < 1
+    assert found[2] == 1
+
+
+def test_damping_grows_where_steps_are_short_and_goes_where_they_are_whole():
+    damped = lambda damping, part: float(active_set.damped(*map(jnp.float32, (damping, part, 100, 1000))))  # noqa: E731
+    assert damped(0, 0.1) == pytest.approx(10)
+    assert damped(10, 0.1) == pytest.approx(80)
+    assert damped(640, 0.1) == 1000
+    assert damped(80, 0.7) == 80
+    assert damped(80, 1) == 10
+    assert damped(10, 1) == 0
+
+
 def test_a_gap_that_rounding_keeps_open_is_an_error(problem, monkeypatch):
     masks, outputs = problem
-    monkeypatch.setattr(elastic_net, "ROUNDS", 2)
+    monkeypatch.setattr(elastic_net, "CHECKS", 2)
     with pytest.raises(DivergedError, match=r"target \d has a duality gap of .* where 1e-13 was asked for"):
         surrogate.lasso(masks, outputs, path=Path(ratio=0.11, count=4), solver=Solver(1e-13), progress=False)
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jattrib import recipes
-from jattrib.attribution import elastic_net
 from jattrib.core.errors import InvalidInputError
 from jattrib.recipes import datamodels_stages, rundir
 
@@ -39,9 +38,7 @@ def figures(summary):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("datamodels") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(elastic_net, "SIZES", ())  # one program for all working sets
-        return directory, run(directory)
+    return directory, run(directory)
 
 
 @pytest.mark.slow
