@@ -16,7 +16,7 @@ Source: Hintermüller, Ito and Kunisch 2002 (primal-dual active sets are semismo
 (Newton's steps of composite functions with line search); Rockafellar 1976 (the proximal point).
 """
 
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,17 +74,10 @@ def signs(
     return jnp.where(jnp.abs(shifted) > alpha, jnp.sign(shifted), 0)
 
 
-def is_whole(
-    weights: Float[Array, " n"],
-    gradient: Float[Array, " n"],
-    step: Float[Array, " n"],
-    change: Float[Array, " n"],
-    alpha: Float[Array, ""],
-    beta: Float[Array, ""],
-) -> Bool[Array, ""]:
-    """Return whether the objective falls nearly to the end of a step.
+class Line(NamedTuple):
+    """A step from a point, and what a part of it changes: along it the objective is convex and piecewise quadratic.
 
-    Args:
+    Attributes:
         weights: w.
         gradient: `Xᵀ(Xw − y)`.
         step: v − w.
@@ -92,34 +85,37 @@ def is_whole(
         alpha: α.
         beta: β.
     """
-    slope = partial(_slope, weights, gradient, step, change, alpha, beta)
-    return slope(jnp.ones_like(alpha)) <= SLOPE * jnp.abs(slope(jnp.zeros_like(alpha)))
+
+    weights: Float[Array, "*t n"]
+    gradient: Float[Array, "*t n"]
+    step: Float[Array, "*t n"]
+    change: Float[Array, "*t n"]
+    alpha: Float[Array, "*t"]
+    beta: Float[Array, "*t"]
+
+    def slope(self, part: Float[Array, ""]) -> Float[Array, ""]:
+        """Return the objective's slope, from the left, at a part of the step."""
+        point = self.weights + part * self.step
+        sign = jnp.where(self.weights != 0, jnp.sign(self.weights), jnp.sign(self.step))
+        sign = jnp.where(point != 0, jnp.sign(point), sign)
+        return jnp.sum(self.step * (self.gradient + part * self.change + self.beta * point + self.alpha * sign))
 
 
-def best_part(
-    weights: Float[Array, " n"],
-    gradient: Float[Array, " n"],
-    step: Float[Array, " n"],
-    change: Float[Array, " n"],
-    alpha: Float[Array, ""],
-    beta: Float[Array, ""],
-) -> Float[Array, ""]:
-    """Return the part of a step, at most the whole, at which the objective is least; arguments as for `is_whole`."""
+def is_whole(line: Line) -> Bool[Array, ""]:
+    """Return whether the objective falls nearly to the end of a step."""
+    return line.slope(jnp.ones_like(line.alpha)) <= SLOPE * jnp.abs(line.slope(jnp.zeros_like(line.alpha)))
+
+
+def best_part(line: Line) -> Float[Array, ""]:
+    """Return the part of a step, at most the whole, at which the objective is least."""
 
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) / 2
-        falls = _slope(weights, gradient, step, change, alpha, beta, middle) <= 0
+        falls = line.slope(middle) <= 0
         return jnp.where(falls, middle, low), jnp.where(falls, high, middle)
 
-    return jax.lax.fori_loop(0, HALVINGS, halve, (jnp.zeros_like(alpha), jnp.ones_like(alpha)))[0]
-
-
-def _slope(weights, gradient, step, change, alpha, beta, part) -> Float[Array, ""]:
-    """Return the slope from the left, along a step, of the objective, which is convex and piecewise quadratic there."""
-    point = weights + part * step
-    sign = jnp.where(point != 0, jnp.sign(point), jnp.where(weights != 0, jnp.sign(weights), jnp.sign(step)))
-    return jnp.sum(step * (gradient + part * change + beta * point + alpha * sign))
+    return jax.lax.fori_loop(0, HALVINGS, halve, (jnp.zeros_like(line.alpha), jnp.ones_like(line.alpha)))[0]
 
 
 def damped(

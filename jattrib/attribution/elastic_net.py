@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jattrib.attribution import active_set
 from jattrib.core import mesh as meshes
@@ -265,17 +265,17 @@ def _errors(problem: Problem, targets: Targets, lanes: _Lane) -> Float[Array, " 
 
 
 def _of_few(
-    flags: Bool[Array, " t"], function: Callable[..., Float[Array, " f"]], *inputs: Float[Array, "t ..."]
+    flags: Bool[Array, " t"], function: Callable[..., Float[Array, " f"]], *inputs: PyTree[Float[Array, "t ..."]]
 ) -> Float[Array, " t"]:
     """Return a function of the flagged targets' inputs, and 0 for others: few at a time, as seldom more are flagged."""
     order, few = jnp.argsort(~flags), max(FEW, len(flags) // 8)
 
     def some(number: Int[Array, ""], found: Float[Array, " t"]) -> Float[Array, " t"]:
         at = order.at[number * few + jnp.arange(few, dtype=number.dtype)].get(mode="clip")
-        return found.at[at].set(jnp.where(flags[at], function(*(leaf[at] for leaf in inputs)), 0))
+        return found.at[at].set(jnp.where(flags[at], function(*jax.tree.map(lambda leaf: leaf[at], inputs)), 0))
 
     rounds = -(-jnp.sum(flags, dtype=jnp.int32) // few)
-    return jax.lax.fori_loop(0, rounds, some, jnp.zeros(len(flags), inputs[0].dtype))
+    return jax.lax.fori_loop(0, rounds, some, jnp.zeros(len(flags), jax.tree.leaves(inputs)[0].dtype))
 
 
 def _as_it_is(matrix: Float[Array, "a b"]) -> Float[Array, "a b"]:
@@ -343,8 +343,8 @@ def _round(problem: Problem, rule: Rule, targets: Targets, lanes: _Lane) -> _Lan
     answers, errors = _answers(problem, targets, lanes), _errors(problem, targets, lanes)
     moved, onward, is_solved, is_whole = jax.vmap(partial(_conjugate, problem))(targets, lanes, answers)
     ends = is_solved & (lanes.phase != CHECK) & (lanes.phase != DONE)
-    ways = (lanes.weights, lanes.gradient, moved.step, moved.change, *_penalties(targets, lanes.stage))
-    parts = _of_few(ends & ~is_whole, jax.vmap(active_set.best_part), *ways)
+    lines = active_set.Line(lanes.weights, lanes.gradient, moved.step, moved.change, *_penalties(targets, lanes.stage))
+    parts = _of_few(ends & ~is_whole, jax.vmap(active_set.best_part), lines)
     parts = jnp.where(ends & is_whole, 1, parts)
     return jax.vmap(partial(_go_on, problem, rule))(targets, moved, answers, errors, onward, ends, parts)
 
@@ -371,7 +371,7 @@ def _conjugate(
     norm = jnp.sum(residual * residual)
     kept = jnp.where(is_begin, 0, norm / jnp.where(lane.norm > 0, lane.norm, 1))
     is_solved = (norm <= lane.goal) | (lane.steps + 1 >= CONJUGATE_STEPS) | ~(curved | is_begin)
-    is_whole = active_set.is_whole(lane.weights, lane.gradient, step, change, alpha, beta)
+    is_whole = active_set.is_whole(active_set.Line(lane.weights, lane.gradient, step, change, alpha, beta))
     moved = lane._replace(
         step=step,
         change=change,

@@ -286,9 +286,12 @@ def test_of_a_step_the_best_part_is_taken(x64):
         points = w + parts[:, None] * (end - w)
         values = 0.5 * np.square(y - points @ X.T).sum(1) + alpha * np.abs(points).sum(1)
         best = parts[np.argmin(values + 0.5 * beta * np.square(points).sum(1))]
-        way = (w, X.T @ (X @ w - y), end - w, X.T @ X @ (end - w), np.array(alpha), np.array(beta))
-        assert float(active_set.best_part(*map(jnp.asarray, way))) == pytest.approx(best, abs=1e-4)
-        assert bool(active_set.is_whole(*map(jnp.asarray, way))) == (best == 1)
+        step = end - w
+        line = jax.tree.map(
+            jnp.asarray, active_set.Line(w, X.T @ (X @ w - y), step, X.T @ X @ step, np.array(alpha), np.array(beta))
+        )
+        assert float(active_set.best_part(line)) == pytest.approx(best, abs=1e-4)
+        assert bool(active_set.is_whole(line)) == (best == 1)
         found.append(best)
     assert 0 < found[0] < 1
     assert 0 < found[1] < 1
