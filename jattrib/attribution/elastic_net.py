@@ -177,7 +177,14 @@ class _Lane(NamedTuple):
     record: Solution
 
 
-def descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None = None) -> Solution:
+def descend(
+    problem: Problem,
+    targets: Targets,
+    rule: Rule,
+    *,
+    mesh: Mesh | None = None,
+    report: Callable[[int], None] = lambda count: None,
+) -> Solution:
     """Solve for every target along its penalties.
 
     Where half of those in step have arrived, the others go on in half as many places.  Of many targets each core of a
@@ -188,15 +195,16 @@ def descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None
         targets: spread over the mesh's first axis, of whose size their number is a multiple.
         rule: when to go on.
         mesh: where targets are.
+        report: called now and then, from any thread, with how many penalties targets have been taken past.
     """
     count = targets.energy.shape[0]
     workers = min(meshes.cores(), count // SHARE) if mesh is None and jax.default_backend() == "cpu" else 1
     if workers <= 1:
-        return _descend(problem, targets, rule, mesh=mesh)
+        return _descend(problem, targets, rule, mesh, report)
 
     def work(places: Int[np.ndarray, " t"]) -> Solution:
         with jax.enable_x64(problem.rows.dtype == jnp.float64):  # a thread has settings of its own
-            return _descend(problem, jax.tree.map(lambda leaf: leaf[places], targets), rule, mesh=None)
+            return _descend(problem, jax.tree.map(lambda leaf: leaf[places], targets), rule, None, report)
 
     share = -(-count // workers)
     places = np.minimum(np.arange(workers * share), count - 1).reshape(workers, share)
@@ -205,18 +213,20 @@ def descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count], *found)
 
 
-def _descend(problem: Problem, targets: Targets, rule: Rule, *, mesh: Mesh | None) -> Solution:
+def _descend(
+    problem: Problem, targets: Targets, rule: Rule, mesh: Mesh | None, report: Callable[[int], None]
+) -> Solution:
     lanes = _begin(problem, targets, rule, mesh=mesh)
     count, devices = targets.energy.shape[0], meshes.width(mesh)
-    live, stages = np.ones(count, bool), np.zeros(count, np.int32)
-    while live.any():
-        left = np.flatnonzero(live)
+    last, stages = targets.alpha.shape[1], np.zeros(count, np.int32)
+    while len(left := np.flatnonzero(stages < last)):
         each, least = places(-(-len(left) // devices), most=count // devices)
         group = left[np.argsort(stages[left], kind="stable")][: each * devices]
         at = np.full(each * devices, count)
         at[: len(group)] = group
-        lanes, going, there = _advance(problem, targets, lanes, at, np.int32(least), rule=rule, mesh=mesh)
-        live[group], stages[group] = (meshes.fetch(leaf)[: len(group)] for leaf in (going, there))
+        lanes, there = _advance(problem, targets, lanes, at, np.int32(least), rule=rule, mesh=mesh)
+        before, stages[group] = stages[group], meshes.fetch(there)[: len(group)]
+        report(int((stages[group] - before).sum()))
     return lanes.record
 
 
@@ -316,8 +326,8 @@ def _begin_here(rule: Rule, problem: Problem, targets: Targets) -> _Lane:
 def _advance(
     problem: Problem, targets: Targets, lanes: _Lane, places: Int[Array, " w"], least: Int[Array, ""], *,
     rule: Rule, mesh: Mesh | None,
-) -> tuple[_Lane, Bool[Array, " w"], Int[Array, " w"]]:  # fmt: skip
-    """Let the targets at some places go on until at most `least` a device are left; say which those are, and where.
+) -> tuple[_Lane, Int[Array, " w"]]:  # fmt: skip
+    """Let the targets at some places go on until at most `least` a device are left, and say at which stages they are.
 
     Places beyond the last are padding.
     """
@@ -328,7 +338,7 @@ def _advance(
         some = jax.lax.with_sharding_constraint(some, meshes.rows(mesh))
     moved = _spread(partial(_advance_here, rule), mesh, 2, 2)(problem, least, *some)
     lanes = jax.tree.map(lambda old, new: old.at[places].set(new, mode="drop"), lanes, moved)
-    return lanes, moved.phase != DONE, moved.stage
+    return lanes, moved.stage
 
 
 def _advance_here(rule: Rule, problem: Problem, least: Int[Array, ""], targets: Targets, lanes: _Lane) -> _Lane:

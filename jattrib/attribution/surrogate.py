@@ -11,7 +11,7 @@ switched on (`jax.enable_x64`).
     scores = lasso(masks, outputs, held_out=surrogate.hold_out(key, len(masks)))[0].coefficients
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -327,7 +327,9 @@ def _fit(
         meshes.padded_size(min(CHUNK * meshes.width(mesh), outputs.shape[1]), meshes.width(mesh)),
     )
     found, lambdas, averages = [], [], []
-    with track(t, label, progress=show) as advance:
+    k = (len(path.lambdas) or path.count) if restart is None else 1
+    with track(t * k, label, progress=show) as advance:
+        report = _capped(advance, t * k)  # targets that fill up a chunk or a core's share are counted, too
         for start in range(0, t, size):
             at = np.minimum(np.arange(start, start + size), t - 1)
             targets, means = centred(design, outputs[:, at])
@@ -343,12 +345,11 @@ def _fit(
                 jnp.asarray(count * (1 - path.l1_ratio) * steps, kind), begin,
             )  # fmt: skip
             batch = meshes.place_rows(jax.tree.map(np.asarray, batch), mesh, size)
-            solution = elastic_net.descend(problem, batch, rule, mesh=mesh)
+            solution = elastic_net.descend(problem, batch, rule, mesh=mesh, report=report)
             last = min(size, t - start)
             found.append(jax.tree.map(lambda leaf, last=last: meshes.fetch(leaf)[:last], solution))
             lambdas.append(steps[:last])
             averages.append(means[:last])
-            advance(last)
     whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
     steps, means = np.concatenate(lambdas), np.concatenate(averages)
     coefficients = np.where(np.isfinite(design.scales), 1 / design.scales, 0)
@@ -365,6 +366,18 @@ def _fit(
         else np.full_like(steps.T, np.nan),
         path=np.moveaxis(whole.path, 0, 2) * coefficients[:, None] if keep_path else None,
     )
+
+
+def _capped(advance: Callable[[int], None], left: int) -> Callable[[int], None]:
+    """Return a function that advances as another does, up to what is left."""
+
+    def up_to(count: int) -> None:
+        nonlocal left
+        count = min(count, left)
+        left -= count
+        advance(count)
+
+    return up_to
 
 
 def _problem(design: Design) -> elastic_net.Problem:

@@ -62,6 +62,7 @@ def test_the_path_is_that_of_scikit_learn(problem, x64, l1_ratio):
     np.testing.assert_allclose(found.intercepts, intercepts[-1], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(found.coefficients[7], 0)
     assert (info.gaps <= 1e-12).all()
+    assert (info.products > 2 * len(info.lambdas) - 2).all()  # of every penalty but λ_max's a step and a check
     np.testing.assert_allclose(info.lambdas[-1] / info.lambdas[0], 0.03)
 
 
@@ -117,15 +118,16 @@ def test_the_penalty_is_that_of_least_held_out_error(noisy, x64):
     assert (refitted.gap <= 1e-12).all()
 
 
-@pytest.mark.slow
-def test_patience_ends_a_target_where_its_errors_rise(noisy):
+def test_patience_ends_a_target_where_its_errors_rise(noisy, capfd):
     masks, outputs = noisy
     settings = {
         "held_out": surrogate.hold_out(jax.random.key(3), 90, fraction=0.3), "path": Path(ratio=0.05, count=12),
-        "progress": False,
     }  # fmt: skip
-    _, whole = surrogate.lasso(masks, outputs, **settings)
+    _, whole = surrogate.lasso(masks, outputs, progress=False, **settings)
     _, short = surrogate.lasso(masks, outputs, solver=Solver(patience=2), **settings)
+    shown = capfd.readouterr().err
+    assert "fitting: 72/72 (100%)" in shown  # penalties that are given up are past, too
+    assert "refitting: 6/6 (100%)" in shown
     assert np.isnan(short.errors).any()
     for target in range(6):
         errors = whole.errors[:, target]
@@ -152,7 +154,6 @@ def test_columns_that_depend_on_one_another_do_not_stop_it(x64):
     np.testing.assert_allclose(sums, single.coefficients[:, 0], atol=1e-5)
 
 
-@pytest.mark.slow
 def test_few_rows_are_fitted_nearly_exactly():
     """Down to a thousandth of λ_max, far more columns than rows are in play: most Newton systems are singular."""
     rng = np.random.default_rng(0)
