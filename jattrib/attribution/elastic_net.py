@@ -52,9 +52,9 @@ CHECKS = 60
 SAFETY = 0.7
 """Of the tolerance, at which the gap is worth a check."""
 
-CHECK, BEGIN, CONJUGATE, DONE = np.arange(4, dtype=np.int32)
+CHECK, BEGIN, CONJUGATE = np.arange(3, dtype=np.int32)
 """What a target wants its product for: the gradient at its weights; a step's beginning, with the columns off the active
-set at zero and those on it down their slopes; a conjugate gradient.  Or it has arrived."""
+set at zero and those on it down their slopes; a conjugate gradient."""
 
 
 class Problem(NamedTuple):
@@ -152,7 +152,7 @@ class _Lane(NamedTuple):
         damping: μ.
         moves: since the gradient was computed.
         checks: at this penalty.
-        stage: which penalty.
+        stage: which penalty; beyond the last where it has arrived.
         best: the least held-out error so far.
         record: what it leaves.
     """
@@ -202,14 +202,14 @@ def descend(
     if workers <= 1:
         return _descend(problem, targets, rule, mesh, report)
 
-    def work(places: Int[np.ndarray, " t"]) -> Solution:
+    def work(share: Int[np.ndarray, " s"]) -> Solution:
         with jax.enable_x64(problem.rows.dtype == jnp.float64):  # a thread has settings of its own
-            return _descend(problem, jax.tree.map(lambda leaf: leaf[places], targets), rule, None, report)
+            return _descend(problem, jax.tree.map(lambda leaf: leaf[share], targets), rule, None, report)
 
-    share = -(-count // workers)
-    places = np.minimum(np.arange(workers * share), count - 1).reshape(workers, share)
+    size = -(-count // workers)
+    shares = np.minimum(np.arange(workers * size), count - 1).reshape(workers, size)
     with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(work, places))
+        found = list(pool.map(work, shares))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count], *found)
 
 
@@ -331,9 +331,9 @@ def _advance(
 
     Places beyond the last are padding.
     """
-    count = targets.energy.shape[0]
+    count, last = targets.alpha.shape
     some = tuple(jax.tree.map(lambda leaf: leaf[jnp.minimum(places, count - 1)], each) for each in (targets, lanes))
-    some = (some[0], some[1]._replace(phase=jnp.where(places < count, some[1].phase, DONE)))
+    some = (some[0], some[1]._replace(stage=jnp.where(places < count, some[1].stage, last)))
     if mesh is not None:
         some = jax.lax.with_sharding_constraint(some, meshes.rows(mesh))
     moved = _spread(partial(_advance_here, rule), mesh, 2, 2)(problem, least, *some)
@@ -343,7 +343,7 @@ def _advance(
 
 def _advance_here(rule: Rule, problem: Problem, least: Int[Array, ""], targets: Targets, lanes: _Lane) -> _Lane:
     def going(lanes: _Lane) -> Bool[Array, ""]:
-        return jnp.sum(lanes.phase != DONE, dtype=jnp.int32) > least
+        return jnp.sum(lanes.stage < targets.alpha.shape[1], dtype=jnp.int32) > least
 
     return jax.lax.while_loop(going, partial(_round, problem, rule, targets), lanes)
 
@@ -352,7 +352,7 @@ def _round(problem: Problem, rule: Rule, targets: Targets, lanes: _Lane) -> _Lan
     """Take all targets from their products to the next that they want."""
     answers, errors = _answers(problem, targets, lanes), _errors(problem, targets, lanes)
     moved, onward, is_solved, is_whole = jax.vmap(partial(_conjugate, problem))(targets, lanes, answers)
-    ends = is_solved & (lanes.phase != CHECK) & (lanes.phase != DONE)
+    ends = is_solved & (lanes.phase != CHECK) & (lanes.stage < targets.alpha.shape[1])
     lines = active_set.Line(lanes.weights, lanes.gradient, moved.step, moved.change, *_penalties(targets, lanes.stage))
     parts = _of_few(ends & ~is_whole, jax.vmap(active_set.best_part), lines)
     parts = jnp.where(ends & is_whole, 1, parts)
@@ -429,7 +429,7 @@ def _judge(
         chosen=chosen,
         gaps=record.gaps.at[at].set(gap, mode="drop"),
         errors=record.errors.at[at].set(error, mode="drop"),
-        products=record.products + (lane.phase != DONE).astype(jnp.int32),
+        products=record.products + (stage < stages).astype(jnp.int32),
         path=record.path.at[at].set(weights, mode="drop") if rule.keep_path else record.path,
     )
     following = jnp.where(advance, stage + 1, stage)
@@ -443,7 +443,6 @@ def _judge(
         gradient=gradient + factor * (gradient - lane.last_gradient),
         last_weights=jnp.where(advance, weights, lane.last_weights),
         last_gradient=jnp.where(advance, gradient, lane.last_gradient),
-        phase=jnp.where(following < stages, lane.phase, DONE),
         checks=jnp.where(advance, 0, lane.checks + is_check.astype(jnp.int32)),
         stage=following,
         best=jnp.where(better, error, lane.best),
@@ -463,10 +462,9 @@ def _ask(
     begins = anew & jnp.any(off != 0)
     first = jnp.where(begins, off + lane.pace * downwards, downwards)
     norm = jnp.where(anew, jnp.sum(downwards * downwards), lane.norm)
-    phase = jnp.where(checks, CHECK, jnp.where(begins, BEGIN, CONJUGATE))
     return lane._replace(
         wanted=jnp.where(checks, lane.weights, jnp.where(anew, first, onward)),
-        phase=jnp.where(lane.phase == DONE, DONE, phase),
+        phase=jnp.where(checks, CHECK, jnp.where(begins, BEGIN, CONJUGATE)),
         steps=jnp.where(anew, 0, lane.steps),
         norm=norm,
         goal=jnp.where(anew, REDUCTION**2 * norm, lane.goal),
@@ -483,10 +481,9 @@ def _penalties(target: Targets, stage: Int[Array, "*t"]) -> tuple[Float[Array, "
 def lipschitz(rows: Float[Array, "m n"], *, steps: int = 30) -> Float[Array, ""]:
     """Return an upper estimate of the largest eigenvalue of `XᵀX`, by power iteration from a fixed vector."""
     v = jnp.asarray(np.random.default_rng(0).normal(size=rows.shape[1]), rows.dtype)
-    of_both = partial(jnp.matmul, precision="highest")
 
     def multiplied(v):
-        return of_both(of_both(rows, v), rows)
+        return _matmul(_matmul(rows, v), rows)
 
     def iterate(_, v):
         v = multiplied(v)

@@ -171,13 +171,13 @@ def test_neither_chunks_nor_devices_matter(problem, monkeypatch):
     held_out = surrogate.hold_out(jax.random.key(3), 90, fraction=0.3)
     settings = {"held_out": held_out, "path": Path(ratio=0.1, count=5), "progress": False}
     one, info = surrogate.lasso(masks, outputs, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(elastic_net, "TOGETHER", 2)
+        in_turn, _ = surrogate.lasso(masks, outputs, **settings)
     monkeypatch.setattr(surrogate, "CHUNK", 4)
     chunked, _ = surrogate.lasso(masks, outputs, **settings)
     monkeypatch.setattr(surrogate, "CHUNK", 1)
     spread, other = surrogate.lasso(masks, outputs, mesh=meshes.data_mesh(jax.devices()[:4]), **settings)
-    monkeypatch.setattr(surrogate, "CHUNK", 512)
-    monkeypatch.setattr(elastic_net, "TOGETHER", 2)
-    in_turn, _ = surrogate.lasso(masks, outputs, **settings)
     scale = np.abs(one.coefficients).max(axis=0)
     for each in (chunked, spread, in_turn):
         np.testing.assert_allclose(each.coefficients / scale, one.coefficients / scale, atol=2e-3)
