@@ -2,8 +2,8 @@
 """The cost of Datamodel Matching: models a second of `unlearning.dmm.match`, beside a PyTorch loop of the same updates.
 
 Both sides fine-tune the same 100 classifiers (784-64-10) of the 5,000 embedded images on the same fine-tuning set
-towards the same targets, in the same order of batches and at the same rates: the weights that they end with agree, and
-the note says how well.
+towards the same targets, in the same orders of batches and at the same rates: the weights that they end with agree, and
+the note says how well.  Models have an order each, or ten of them share one.
 """
 
 import copy
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bench import harness
@@ -21,29 +22,41 @@ from jattrib.unlearning import dmm, finetune
 from jattrib.unlearning.finetune import Models, Problem
 
 SIZES, MODELS, FORGET = (784, 64, 10), 100, 100
+SHARING = (1, 10)
+"""Models of an order."""
+
 SETTINGS = finetune.DEFAULT
 
 
 def run() -> list[harness.Row]:
     """Measure fine-tuning."""
     harness.require("torch")
+    return [row for sharing in SHARING for row in rows(sharing)]
+
+
+def rows(sharing: int) -> list[harness.Row]:
+    """Return the rates of both sides where so many models share an order."""
     problem, models, keys = task()
+    keys = keys[::sharing]
     chosen = dmm.rows(problem, jax.random.key(2))
     own = finetune.logits(problem.apply, models, problem.data[0][chosen.examples])
     shift = np.random.default_rng(0).standard_normal(own.shape[1:])
     targets = dmm.direct(own, shift)
     threads = sorted({1, meshes.cores()})
     sides: dict[str, Callable[[], Any]] = {"ours": lambda: dmm.match(problem, models, chosen, targets, keys).params}
-    loops = {count: torch_loop(problem, models, chosen, targets, keys, count) for count in threads}
+    each = jnp.repeat(keys, sharing)
+    loops = {count: torch_loop(problem, models, chosen, targets, each, count) for count in threads}
     timings = harness.compare(sides | {str(count): loop for count, loop in loops.items()}, calls=3)
     error = difference(models, sides["ours"](), loops[threads[0]]())
     plan = f"{SETTINGS.epochs} epochs of {len(chosen.draws)}, batch {SETTINGS.batch_size}"
     note = (
-        f"MLP {'-'.join(map(str, SIZES))}, {MODELS} models at once, {plan}; weights agree to {error:.1e} of their move"
+        f"MLP {'-'.join(map(str, SIZES))}, {MODELS} models at once, {len(keys)} orders, {plan}; weights agree to "
+        f"{error:.1e} of their move"
     )
+    name = "an order each" if sharing == 1 else f"an order for {sharing}"
     return [
         harness.rates(
-            "Datamodel Matching", timings["ours"], timings[str(count)], work=MODELS, unit="models/s",
+            f"Datamodel Matching, {name}", timings["ours"], timings[str(count)], work=MODELS, unit="models/s",
             other_name=f"PyTorch loop, {count} thread{'s' if count > 1 else ''}", packages=("torch",), note=note,
         )
         for count in threads

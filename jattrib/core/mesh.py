@@ -31,14 +31,14 @@ def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), (DATA,), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def row_spec(mesh: Mesh) -> PartitionSpec:
-    """Return the partition of an array whose rows are spread over the mesh's first axis."""
-    return PartitionSpec(mesh.axis_names[0])
+def row_spec(mesh: Mesh, *, axis: int = 0) -> PartitionSpec:
+    """Return the partition of an array whose rows, its dimension `axis`, are spread over the mesh's first axis."""
+    return PartitionSpec(*[None] * axis, mesh.axis_names[0])
 
 
-def rows(mesh: Mesh) -> NamedSharding:
-    """Return the sharding that spreads an array's rows over the mesh's first axis."""
-    return NamedSharding(mesh, row_spec(mesh))
+def rows(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
+    """Return the sharding that spreads an array's rows, its dimension `axis`, over the mesh's first axis."""
+    return NamedSharding(mesh, row_spec(mesh, axis=axis))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

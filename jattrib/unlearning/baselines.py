@@ -46,7 +46,7 @@ class _Distillation(NamedTuple):
 
 
 def gradient_ascent(
-    problem: Problem, models: Models, keys: Key[Array, " models"], *, settings: Settings = DEFAULT
+    problem: Problem, models: Models, keys: Key[Array, " orders"], *, settings: Settings = DEFAULT
 ) -> Models:
     """Ascend `ℓ` on F.
 
@@ -59,7 +59,7 @@ def gradient_ascent(
 def retain_descent(
     problem: Problem,
     models: Models,
-    keys: Key[Array, " models"],
+    keys: Key[Array, " orders"],
     *,
     settings: Settings = DEFAULT,
     part: float = 1.0,
@@ -72,7 +72,7 @@ def retain_descent(
 def ascent_descent(
     problem: Problem,
     models: Models,
-    keys: Key[Array, " models"],
+    keys: Key[Array, " orders"],
     *,
     settings: Settings = DEFAULT,
     ascent: float = 0.1,
@@ -89,7 +89,7 @@ def ascent_descent(
 def neggrad_plus(
     problem: Problem,
     models: Models,
-    keys: Key[Array, " models"],
+    keys: Key[Array, " orders"],
     *,
     settings: Settings = DEFAULT,
     balance: float = 0.95,
@@ -106,7 +106,7 @@ def neggrad_plus(
 def random_labels(
     problem: Problem,
     models: Models,
-    keys: Key[Array, " models"],
+    keys: Key[Array, " orders"],
     *,
     settings: Settings = DEFAULT,
     part: float = 1.0,
@@ -121,7 +121,7 @@ def random_labels(
 def salun(
     problem: Problem,
     models: Models,
-    keys: Key[Array, " models"],
+    keys: Key[Array, " orders"],
     *,
     settings: Settings = DEFAULT,
     saliency: float = 0.5,
@@ -139,7 +139,7 @@ def salun(
 def scrub(
     problem: Problem,
     models: Models,
-    keys: Key[Array, " models"],
+    keys: Key[Array, " orders"],
     *,
     settings: Settings = DEFAULT,
     ascents: int = 2,
@@ -158,7 +158,7 @@ def scrub(
     Args:
         problem: what is to be forgotten.
         models: the trained models.
-        keys: one a model.
+        keys: of the orders, one for each model or fewer (`finetune.Steps`).
         settings: epochs, batch size and rates.
         ascents: epochs that ascend on F.
         forget_batch: examples of F a step.
@@ -199,7 +199,7 @@ def scrub(
 
 
 def ssd(
-    problem: Problem, models: Models, keys: Key[Array, " models"], *, alpha: float = 10.0, strength: float = 1.0
+    problem: Problem, models: Models, keys: Key[Array, " orders"], *, alpha: float = 10.0, strength: float = 1.0
 ) -> Models:
     """Selective synaptic dampening: weights that matter more to F than to all data are scaled down, in one step.
 
@@ -228,7 +228,7 @@ def ssd(
 def newton_step(
     problem: Problem,
     models: Models,
-    keys: Key[Array, " models"],
+    keys: Key[Array, " orders"],
     *,
     damping: float,
     iterations: int = 100,
@@ -264,7 +264,7 @@ def newton_step(
     return models._replace(params=jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved))
 
 
-def first_order(problem: Problem, models: Models, keys: Key[Array, " models"], *, rate: float) -> Models:
+def first_order(problem: Problem, models: Models, keys: Key[Array, " orders"], *, rate: float) -> Models:
     """One step up the loss of F: `θ + η Σ_F ∇ℓ / n`.
 
     Source: Warnecke et al. 2023, equation 7 (first-order update, for points that are removed).
@@ -275,7 +275,7 @@ def first_order(problem: Problem, models: Models, keys: Key[Array, " models"], *
     return models._replace(params=tree.axpy(size, gradients, models.params))
 
 
-def nothing(problem: Problem, models: Models, keys: Key[Array, " models"]) -> Models:
+def nothing(problem: Problem, models: Models, keys: Key[Array, " orders"]) -> Models:
     """Return the models as they are: the floor of effort."""
     del problem, keys
     return models

@@ -91,7 +91,7 @@ def match(
     models: Models,
     chosen: Rows,
     targets: Float[Array | np.ndarray, "models s c"],
-    keys: Key[Array, " models"],
+    keys: Key[Array, " orders"],
     *,
     settings: Settings = DEFAULT,
     mesh: jax.sharding.Mesh | None = None,
@@ -103,19 +103,19 @@ def match(
         models: the trained models.
         chosen: S.
         targets: `t(x)` of each model, for the examples of S (`Rows.examples`).
-        keys: one a model: its order.
+        keys: of the orders: one for each model, or fewer, which as many consecutive models share (`finetune.Steps`).
         settings: epochs, batch size and rates.
         mesh: spreads the models over its first axis.
 
     Raises:
-        InvalidInputError: models, targets and keys are not as many, or targets are not of S.
+        InvalidInputError: targets are not as many as models, or not of S, or the keys do not divide the models.
         DivergedError: a model's parameters are no longer finite.
     """
     shape = (models.size, len(chosen.examples))
-    if tuple(np.shape(targets)[:2]) != shape or len(keys) != models.size:
+    if tuple(np.shape(targets)[:2]) != shape:
         raise InvalidInputError(
-            f"targets of shape {np.shape(targets)} and {len(keys)} keys",
-            expected=f"targets for {shape[0]} models and {shape[1]} examples, and as many keys as models",
+            f"targets of shape {np.shape(targets)}",
+            expected=f"targets for {shape[0]} models and {shape[1]} examples",
             remedy="compute the targets on `Rows.examples`, from the logits of these very models",
         )
     inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen.examples[chosen.draws]], problem.data[0])
@@ -136,6 +136,7 @@ def datamodel_matching(
     settings: Settings = DEFAULT,
     forget_repeats: int = FORGET_REPEATS,
     retain_ratio: float | int = RETAIN_RATIO,
+    orders: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Models:
     """Unlearn by Datamodel Matching, `t(x) = f(x; θ) + m s(x)`, from each model's own logits: they keep their variance.
@@ -149,14 +150,16 @@ def datamodel_matching(
         settings: epochs, batch size and rates.
         forget_repeats: how often S holds each example of F.
         retain_ratio: retained examples for each of F.
+        orders: how many there are of S, each shared by as many models (`finetune.Steps`); one a model when left out.
         mesh: spreads the models over its first axis.
     """
-    choice, orders = jax.random.split(key)
+    choice, order = jax.random.split(key)
     chosen = rows(problem, choice, forget_repeats=forget_repeats, retain_ratio=retain_ratio)
     inputs = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen.examples], problem.data[0])
     own = finetune.logits(problem.apply, models, inputs)
     targets = direct(own, shift(chosen.examples), multiplier=multiplier)
-    return match(problem, models, chosen, targets, jax.random.split(orders, models.size), settings=settings, mesh=mesh)
+    keys = jax.random.split(order, models.size if orders is None else orders)
+    return match(problem, models, chosen, targets, keys, settings=settings, mesh=mesh)
 
 
 def oracle_matching(
@@ -168,6 +171,7 @@ def oracle_matching(
     settings: Settings = DEFAULT,
     forget_repeats: int = FORGET_REPEATS,
     retain_ratio: float | int = RETAIN_RATIO,
+    orders: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Models:
     """Fine-tune each model towards the logits of one that was retrained without F: what perfect attribution would give.
@@ -176,11 +180,12 @@ def oracle_matching(
 
     Source: Georgiev et al. 2024, section 4.1.
     """
-    choice, orders = jax.random.split(key)
+    choice, order = jax.random.split(key)
     chosen = rows(problem, choice, forget_repeats=forget_repeats, retain_ratio=retain_ratio)
     inputs = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen.examples], problem.data[0])
     targets = finetune.logits(problem.apply, oracles, inputs)[np.arange(models.size) % oracles.size]
-    return match(problem, models, chosen, targets, jax.random.split(orders, models.size), settings=settings, mesh=mesh)
+    keys = jax.random.split(order, models.size if orders is None else orders)
+    return match(problem, models, chosen, targets, keys, settings=settings, mesh=mesh)
 
 
 def direct(

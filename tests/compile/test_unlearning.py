@@ -26,23 +26,23 @@ def build(mesh):
         return topology.spec(mesh, (MODELS, *shape), dtype, axis)
 
     def stacked(leaf):
-        return spread(leaf.shape, leaf.dtype)
+        return spread((1, *leaf.shape), leaf.dtype)
 
     params, state = jax.tree.map(stacked, jax.eval_shape(model.init, jax.random.key(0)))
     batches = (steps, SETTINGS.batch_size)
     order = loop.Schedule(spread(batches, np.int32), spread(batches, np.bool_))
     moves = finetune.Steps(order, spread((steps,), jnp.float32))
     rows = topology.spec(mesh, (DRAWS, 32, 32, 3), jnp.float32)
-    targets = spread((DRAWS, CLASSES), jnp.float32)
+    targets = spread((1, DRAWS, CLASSES), jnp.float32)
 
-    def run(rows, models, targets, moves):
-        return finetune._tune(dmm._Matching(model.apply), SETTINGS.optimizer, rows, models, targets, moves, None)
+    def run(rows, moves, models, targets):
+        return finetune._tune(dmm._Matching(model.apply), SETTINGS.optimizer, rows, moves, models, targets, None)
 
     each = jax.shard_map(
         run, mesh=mesh, in_specs=(jax.P(), jax.P(axis), jax.P(axis), jax.P(axis)), out_specs=jax.P(axis),
         check_vma=False,
     )  # fmt: skip
-    return each, (rows, finetune.Models(params, state), targets, moves)
+    return each, (rows, moves, finetune.Models(params, state), targets)
 
 
 PROGRAMS = [Program("unlearning", f"resnet9-{MODELS}-models", "v6e", True, build, ())]

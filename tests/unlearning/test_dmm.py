@@ -44,11 +44,12 @@ def test_matching_reaches_targets_that_can_be_reached(task):
         np.testing.assert_allclose(oracles.stacked(found.params, model), expected, atol=2e-3)
 
 
-def test_matching_oracles_makes_oracles_of_models(task):
+@pytest.mark.parametrize("orders", [None, 1])
+def test_matching_oracles_makes_oracles_of_models(task, orders):
     problem, models, _ = task
     oracle = jax.tree.map(lambda leaf: jnp.ones_like(leaf[:1]), models)
     settings = Settings(epochs=120, batch_size=16, learning_rate=0.2, decay=0.97, optimizer="sgd")
-    found = dmm.oracle_matching(problem, models, oracle, jax.random.key(3), settings=settings)
+    found = dmm.oracle_matching(problem, models, oracle, jax.random.key(3), settings=settings, orders=orders)
     for leaf in jax.tree.leaves(found.params):
         np.testing.assert_allclose(leaf, 1, atol=2e-3)
 

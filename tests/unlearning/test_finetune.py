@@ -3,10 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jattrib.core import mesh as meshes
 from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.unlearning import dmm, finetune
 from jattrib.unlearning.finetune import Settings
 from tests.unlearning import oracles
+from tests.unlearning.conftest import linear
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,61 @@ def test_models_on_cores_of_their_own_are_those_side_by_side(task):
     np.testing.assert_array_equal(threads.params["kernel"][1], models.params["kernel"][1])
 
 
+@pytest.mark.parametrize("strategy", ["threads", "vmap"])
+def test_consecutive_models_share_an_order_where_there_are_fewer(task, monkeypatch, strategy):
+    problem, models, keys = task
+    monkeypatch.setattr(finetune, "TOGETHER", 2)  # three models of an order are two and one
+    models = jax.tree.map(lambda leaf: jnp.concatenate([leaf, 2 * leaf, -leaf]), models)
+    rows = jnp.asarray(problem.data[0])
+    own = np.random.default_rng(1).standard_normal((6, len(rows), 3)).astype(np.float32)
+    movable = jax.tree.map(lambda leaf: jnp.ones_like(leaf).at[4].set(0.0), models.params)
+    shared, each = (
+        finetune.tune(
+            dmm._Matching(problem.apply), models, rows, own, finetune.shuffled(some, len(rows), Settings(2, 16, 1e-2)),
+            movable=movable, strategy=strategy,
+        )
+        for some in (keys, jnp.repeat(keys, 3))
+    )  # fmt: skip
+    np.testing.assert_allclose(shared.params["kernel"], each.params["kernel"], rtol=1e-5, atol=1e-6)
+    assert (finetune.moved(models, shared)[[0, 1, 2, 3, 5]] > 1e-3).all()
+    np.testing.assert_array_equal(shared.params["kernel"][4], models.params["kernel"][4])
+
+
+def test_a_core_tunes_a_few_models_of_an_order_together_but_not_those_that_convolve(monkeypatch):
+    monkeypatch.setattr(meshes, "cores", lambda: 2)
+
+    def convolved(params, state, x, *, train):
+        kernel = params["kernel"].T[:, :, None]  # 3 of 4 channels, 1 wide
+        return jax.jit(lambda x: jax.lax.conv(x, kernel, (1,), "VALID"))(x[:, :, None])[..., 0], state
+
+    def together(apply, count, orders):
+        models = finetune.Models({"kernel": jnp.ones((count, 4, 3)), "bias": jnp.zeros((count, 3))}, ())
+        each = (models, np.zeros((count, 5, 3), np.float32), None)
+        return finetune._together(dmm._Matching(apply), jnp.ones((5, 4)), each, orders)
+
+    shapes = [(100, 1), (6, 1), (12, 2), (100, 50), (6, 6)]
+    assert [together(linear, *each) for each in shapes] == [10, 3, 6, 2, 1]
+    assert [together(convolved, *each) for each in shapes] == [1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("count", [0, 3, 4])
+def test_orders_that_do_not_divide_the_models_are_refused(task, count):
+    problem, models, keys = task
+    steps = finetune.shuffled(jax.random.split(keys[0], 4), 60, Settings(1, 16))
+    some = jax.tree.map(lambda leaf: leaf[:count], steps)
+    with pytest.raises(InvalidInputError, match=f"{count} orders for 2 models"):
+        finetune.tune(dmm._Matching(problem.apply), models, problem.data[0], np.zeros((2, 60, 3)), some)
+
+
+def test_an_order_for_all_spreads_over_devices_too(task):
+    problem, models, keys = task
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    chosen = dmm.rows(problem, jax.random.key(2))
+    targets = np.ones((2, len(chosen.examples), 3), np.float32)
+    one, two = (dmm.match(problem, models, chosen, targets, keys[:1], mesh=each) for each in (None, mesh))
+    np.testing.assert_allclose(one.params["kernel"], two.params["kernel"], rtol=1e-5)
+
+
 def test_models_spread_over_devices_are_the_same(task):
     problem, models, keys = task
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
@@ -106,7 +163,7 @@ def test_models_spread_over_devices_are_the_same(task):
     targets = np.ones((2, len(chosen.examples), 3), np.float32)
     one, two = (dmm.match(problem, models, chosen, targets, keys, mesh=each) for each in (None, mesh))
     np.testing.assert_allclose(one.params["kernel"], two.params["kernel"], rtol=1e-5)
-    with pytest.raises(InvalidInputError, match="1 models on a mesh of 2 devices"):
+    with pytest.raises(InvalidInputError, match="orders = 1, each of models = 1, on a mesh of 2 devices"):
         dmm.match(problem, jax.tree.map(lambda leaf: leaf[1:], models), chosen, targets[1:], keys[1:], mesh=mesh)
 
 
