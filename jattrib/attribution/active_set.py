@@ -74,6 +74,11 @@ def signs(
     return jnp.where(jnp.abs(shifted) > alpha, jnp.sign(shifted), 0)
 
 
+def downwards(slope: Float[Array, " n"], signs: Float[Array, " n"], alpha: Float[Array, ""]) -> Float[Array, " n"]:
+    """Return minus the objective's slope on the active set, and 0 off it; `slope` is that of its smooth part."""
+    return jnp.where(signs != 0, -(slope + alpha * signs), 0)
+
+
 class Line(NamedTuple):
     """A step from a point, and what a part of it changes: along it the objective is convex and piecewise quadratic.
 

@@ -377,7 +377,7 @@ def _conjugate(
     change = jnp.where(fresh, 0, lane.change) + far * answer
     slope = lane.gradient + beta * lane.weights
     signs = active_set.signs(lane.weights, slope, problem.energies + extra, alpha)
-    residual = jnp.where(signs != 0, -(slope + change + extra * step + alpha * signs), 0)
+    residual = active_set.downwards(slope + change + extra * step, signs, alpha)
     norm = jnp.sum(residual * residual)
     kept = jnp.where(is_begin, 0, norm / jnp.where(lane.norm > 0, lane.norm, 1))
     is_solved = (norm <= lane.goal) | (lane.steps + 1 >= CONJUGATE_STEPS) | ~(curved | is_begin)
@@ -458,7 +458,7 @@ def _ask(
     alpha, beta = _penalties(target, lane.stage)
     slope = lane.gradient + beta * lane.weights
     signs = active_set.signs(lane.weights, slope, problem.energies + beta + lane.damping, alpha)
-    off, downwards = jnp.where(signs != 0, 0, -lane.weights), jnp.where(signs != 0, -(slope + alpha * signs), 0)
+    off, downwards = jnp.where(signs != 0, 0, -lane.weights), active_set.downwards(slope, signs, alpha)
     begins = anew & jnp.any(off != 0)
     first = jnp.where(begins, off + lane.pace * downwards, downwards)
     norm = jnp.where(anew, jnp.sum(downwards * downwards), lane.norm)

@@ -23,8 +23,11 @@ BATCH = 100
 FORWARD = 1 / 3
 """A pass forward alone, in passes forward and backward."""
 
-TRIALS = 6
+TRIALS = 12
 """Settings of each method that are tried for each forget set."""
+
+RATES = (1e-6, 1e-5, 3e-5, 1e-4, 5e-4, 2e-3)
+"""Learning rates that the baselines choose from: from where nothing happens to where models break."""
 
 GGN_PASSES = 5 / 3
 """A product with the Gauss-Newton matrix in passes forward and backward: forward, its derivative, and backward."""
@@ -71,7 +74,6 @@ def baseline_unlearners(config: Config, setup: Setup, name: str, rewind: float) 
     problem = setup.problems[name]
     forget, retain = len(problem.forget), len(problem.retain)
     budget = config.method.compute * retraining(config, setup)
-    rates = (1e-4, 5e-4, 2e-3)
 
     def some(trial: Trial) -> int:
         return round(trial.get("part", 1.0) * retain)
@@ -98,39 +100,41 @@ def baseline_unlearners(config: Config, setup: Setup, name: str, rewind: float) 
     known = {
         "nothing": once("doing nothing", baselines.nothing, 0),
         "gradient_ascent": tuned(
-            "gradient ascent", baselines.gradient_ascent, lambda trial: forget, learning_rate=(1e-5, 1e-4, 1e-3),
-            epochs=(5, 20),
+            "gradient ascent", baselines.gradient_ascent, lambda trial: forget, learning_rate=RATES, epochs=(5, 20)
         ),
         "retain_descent": tuned(
-            "descent on the rest", baselines.retain_descent, some, learning_rate=rates, part=(0.2, 1.0)
+            "descent on the rest", baselines.retain_descent, some, learning_rate=RATES, part=(0.2, 1.0)
         ),
         "ascent_descent": tuned(
-            "ascent and descent", baselines.ascent_descent, both, learning_rate=rates, ascent=(0.1, 1.0), part=(0.2,)
+            "ascent and descent", baselines.ascent_descent, both, learning_rate=RATES, ascent=(0.1, 1.0)
         ),
         "neggrad_plus": tuned(
-            "NegGrad+", baselines.neggrad_plus, side_by_side, learning_rate=rates, balance=(0.95, 0.99), part=(0.4,)
+            "NegGrad+", baselines.neggrad_plus, side_by_side, learning_rate=RATES, balance=(0.95, 0.99), part=(0.4,)
         ),
         "random_labels": tuned(
-            "random labels", baselines.random_labels, both, learning_rate=rates, part=(0.2, 1.0)
+            "random labels", baselines.random_labels, both, learning_rate=RATES, part=(0.2, 1.0)
         ),
-        "salun": tuned("SalUn", baselines.salun, both, learning_rate=rates, saliency=(0.3, 0.7), part=(0.2,)),
-        "scrub": taught("SCRUB", baselines.scrub, learning_rate=rates, ascents=(1, 3), part=(0.4,)),
+        "salun": tuned("SalUn", baselines.salun, both, learning_rate=RATES, saliency=(0.3, 0.7)),
+        "scrub": taught("SCRUB", baselines.scrub, learning_rate=RATES, ascents=(1, 3), part=(0.4,)),
         "scrub_rewind": taught(
-            "SCRUB+R", partial(_rewound, rewind), learning_rate=rates, ascents=(2, 6), part=(0.4,)
+            "SCRUB+R", partial(_rewound, rewind), learning_rate=RATES, ascents=(2, 6), part=(0.4,)
         ),
         "ssd": once(
-            "SSD", baselines.ssd, forget + len(problem.data[1]), alpha=(2.0, 5.0, 15.0), strength=(0.3, 1.0)
+            "SSD", baselines.ssd, forget + len(problem.data[1]), alpha=(2.0, 5.0, 10.0, 15.0, 25.0, 50.0),
+            strength=(0.3, 1.0),
         ),
         "newton_step": once(
             "Newton step", partial(baselines.newton_step, iterations=newton, chunk=2500),
             (1 + newton * GGN_PASSES) * retain,
-            damping=(1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+            damping=(1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 0.1, 0.2, 0.3, 1.0, 3.0, 10.0, 30.0),
         ),
         "first_order": once(
-            "first-order step", baselines.first_order, forget, rate=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+            "first-order step", baselines.first_order, forget,
+            rate=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 10.0),
         ),
         "short": Unlearner(
-            f"retraining with {config.method.compute:.0%}", grid(learning_rate=(0.02, 0.05, 0.1), peak=(0.17, 0.5)),
+            f"retraining with {config.method.compute:.0%}",
+            grid(learning_rate=(0.01, 0.02, 0.05, 0.1, 0.2, 0.4), peak=(0.17, 0.5)),
             partial(_short, config, setup), lambda trial: _short_epochs(config) * len(problem.data[1]),
         ),
     }  # fmt: skip
@@ -156,7 +160,9 @@ def matching(config: Config, setup: Setup, name: str, title: str, shift: Shift) 
 
     budget = config.method.compute * retraining(config, setup)
     ratios = (max(1, method.retain_ratio // 2), method.retain_ratio)
-    return _tuned(title, run, rows, budget, grid(learning_rate=(5e-4, 1e-3, 2e-3), ratio=ratios), targets)
+    return _tuned(
+        title, run, rows, budget, grid(learning_rate=(1e-4, 3e-4, 5e-4, 1e-3, 2e-3, 4e-3), ratio=ratios), targets
+    )
 
 
 def _tuned(

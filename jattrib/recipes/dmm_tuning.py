@@ -225,7 +225,7 @@ def _unlearn(context: Context, name: str, points: _Points, method: Unlearner, fo
     count = len(method.trials)
     shape = (context.trainings.models.size, len(points.places))
     like = {"margins": np.zeros(shape, np.float32), "trial": np.zeros((), np.int64), "values": np.zeros(count)}
-    identity = _identity(context, name)
+    identity = {**_identity(context, name), "trials": list(method.trials)}
     if not params.exists(folder):
         params.save_params(folder, _tune(context, name, points, method), identity)
     saved = params.load_params(folder, like, identity)
