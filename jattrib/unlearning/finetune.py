@@ -339,7 +339,8 @@ def _together(loss: loop.LossFn, rows: Batch, each: tuple[Models, Any, Any], ord
     few = jax.tree.map(lambda leaf: leaf[:1], (rows, own))
     if sharing == 1 or "conv_general_dilated" in str(jax.make_jaxpr(loss)(params, state, few)):
         return 1
-    return min(TOGETHER, -(-sharing // max(1, meshes.cores() // orders)))
+    parts = max(meshes.cores() // orders, -(-sharing // TOGETHER), 1)
+    return -(-sharing // parts)
 
 
 def _optimizer(name: str, rates: Float[Array, " steps"], movable: Any) -> optax.GradientTransformation:

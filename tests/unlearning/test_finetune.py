@@ -133,9 +133,9 @@ def test_a_core_tunes_a_few_models_of_an_order_together_but_not_those_that_convo
         each = (models, np.zeros((count, 5, 3), np.float32), None)
         return finetune._together(dmm._Matching(apply), jnp.ones((5, 4)), each, orders)
 
-    shapes = [(100, 1), (6, 1), (12, 2), (100, 50), (6, 6)]
-    assert [together(linear, *each) for each in shapes] == [10, 3, 6, 2, 1]
-    assert [together(convolved, *each) for each in shapes] == [1, 1, 1, 1, 1]
+    shapes = [(100, 1), (6, 1), (12, 2), (24, 2), (100, 50), (6, 6)]
+    assert [together(linear, *each) for each in shapes] == [10, 3, 6, 6, 2, 1]
+    assert [together(convolved, *each) for each in shapes] == [1] * 6
 
 
 @pytest.mark.parametrize("count", [0, 3, 4])
