@@ -161,7 +161,7 @@ def matching(config: Config, setup: Setup, name: str, title: str, shift: Shift) 
     budget = config.method.compute * retraining(config, setup)
     ratios = (max(1, method.retain_ratio // 2), method.retain_ratio)
     return _tuned(
-        title, run, rows, budget, grid(learning_rate=(1e-4, 3e-4, 5e-4, 1e-3, 2e-3, 4e-3), ratio=ratios), targets
+        title, run, rows, budget, grid(learning_rate=(3e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3), ratio=ratios), targets
     )
 
 
