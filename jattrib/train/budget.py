@@ -87,7 +87,7 @@ def programs(
     where = cuts.cut(run.order, queries, segment, block, mesh)
     program = pullback.Program(run.loss, run.optimizer, mesh)
     whole = None if mesh is None else meshes.replicated(mesh)
-    spread = None if mesh is None else pullback.query_sharding(mesh, 2)
+    spread = None if mesh is None else meshes.rows(mesh, axis=1)
     start = _abstract(_start(program, inputs), whole)
     data, hyper, function = _abstract((run.data, inputs.hyper, tree.callable_tree(output)), whole)
     part = cuts.rows_like(run.order, inputs.weights, where.segment)
@@ -96,7 +96,7 @@ def programs(
     _, cotangent = jax.eval_shape(partial(pullback.read, program), function, asked, start)
     zeros = partial(pullback.zeros, blocks=where.blocks, queries=where.block)
     total = jax.tree.map(
-        lambda leaf: _placed(leaf, None if mesh is None else pullback.query_sharding(mesh, leaf.ndim)),
+        lambda leaf: _placed(leaf, None if mesh is None else meshes.rows(mesh, axis=leaf.ndim - 1)),
         jax.eval_shape(zeros, inputs.weights, inputs.hyper),
     )
     carries = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((where.segment, *leaf.shape), leaf.dtype), start)

@@ -13,7 +13,7 @@ from jattrib.core import mesh as meshes
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Batch
 from jattrib.train import loop
-from jattrib.train.pullback import Rows, query_sharding
+from jattrib.train.pullback import Rows
 
 
 class Cut(NamedTuple):
@@ -121,6 +121,6 @@ def spread(value: PyTree, mesh: Mesh | None, *, last: bool = False) -> PyTree:
     """Put arrays on the devices, their queries (the second axis, or the last) over the mesh's first axis."""
 
     def put(leaf: Any) -> Array:
-        return jax.device_put(leaf, None if mesh is None else query_sharding(mesh, np.ndim(leaf) if last else 2))
+        return jax.device_put(leaf, None if mesh is None else meshes.rows(mesh, axis=np.ndim(leaf) - 1 if last else 1))
 
     return jax.tree.map(put, value)

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
+from jattrib.core import mesh as meshes
 from jattrib.core.types import Batch, OutputFn, Params
 from jattrib.train import loop
 
@@ -277,11 +278,8 @@ def _spread(program: Program, value: Any, *, last: bool = False) -> Any:
     mesh = program.mesh
     if mesh is None:
         return value
-    return jax.tree.map(
-        lambda leaf: jax.lax.with_sharding_constraint(leaf, query_sharding(mesh, leaf.ndim if last else 2)), value
-    )
 
+    def keep(leaf: Array) -> Array:
+        return jax.lax.with_sharding_constraint(leaf, meshes.rows(mesh, axis=leaf.ndim - 1 if last else 1))
 
-def query_sharding(mesh: Mesh, axes: int) -> NamedSharding:
-    """Return the sharding of an array whose axis number `axes`, counted from one, is queries."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * (axes - 1), mesh.axis_names[0]))
+    return jax.tree.map(keep, value)
