@@ -155,9 +155,7 @@ def datamodel_matching(
     """
     choice, order = jax.random.split(key)
     chosen = rows(problem, choice, forget_repeats=forget_repeats, retain_ratio=retain_ratio)
-    inputs = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen.examples], problem.data[0])
-    own = finetune.logits(problem.apply, models, inputs)
-    targets = direct(own, shift(chosen.examples), multiplier=multiplier)
+    targets = direct(_logits(problem, models, chosen), shift(chosen.examples), multiplier=multiplier)
     keys = jax.random.split(order, models.size if orders is None else orders)
     return match(problem, models, chosen, targets, keys, settings=settings, mesh=mesh)
 
@@ -182,10 +180,15 @@ def oracle_matching(
     """
     choice, order = jax.random.split(key)
     chosen = rows(problem, choice, forget_repeats=forget_repeats, retain_ratio=retain_ratio)
-    inputs = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen.examples], problem.data[0])
-    targets = finetune.logits(problem.apply, oracles, inputs)[np.arange(models.size) % oracles.size]
+    targets = _logits(problem, oracles, chosen)[np.arange(models.size) % oracles.size]
     keys = jax.random.split(order, models.size if orders is None else orders)
     return match(problem, models, chosen, targets, keys, settings=settings, mesh=mesh)
+
+
+def _logits(problem: Problem, models: Models, chosen: Rows) -> Float[np.ndarray, "models s c"]:
+    """Return the logits of the examples of S."""
+    inputs = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen.examples], problem.data[0])
+    return finetune.logits(problem.apply, models, inputs)
 
 
 def direct(

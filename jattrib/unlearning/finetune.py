@@ -276,13 +276,8 @@ def _spread(rows: Batch, steps: Steps, each: Any, mesh: jax.sharding.Mesh | None
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _tune(loss: loop.LossFn, optimizer: str, rows: Batch, steps: Steps, models: Models, own: Any, movable: Any):
-    return jax.vmap(partial(_tune_together, loss, optimizer, rows))(steps, models, own, movable)
-
-
-def _tune_together(
-    loss: loop.LossFn, optimizer: str, rows: Batch, steps: Steps, models: Models, own: Any, movable: Any
-) -> Models:
-    return jax.vmap(partial(_tune_one, loss, optimizer, rows, steps))(models, own, movable)
+    sharing = jax.vmap(partial(_tune_one, loss, optimizer, rows), in_axes=(None, 0, 0, 0))
+    return jax.vmap(sharing)(steps, models, own, movable)
 
 
 def _tune_one(

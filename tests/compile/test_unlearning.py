@@ -26,50 +26,37 @@ DRAWS = dmm.FORGET_REPEATS * FORGET + RETAIN
 SETTINGS = finetune.DEFAULT
 
 
-def build(mesh):
-    model, axis = resnet9((32, 32, 3), CLASSES), mesh.axis_names[0]
-    steps = SETTINGS.epochs * -(-DRAWS // SETTINGS.batch_size)
-
-    def spread(shape, dtype):
-        return topology.spec(mesh, (MODELS, *shape), dtype, axis)
+def tuning(mesh, model, shape, draws, orders, sharing, *axis):
+    """Return Datamodel Matching on images of a shape, its models' orders spread over an axis, and its arguments."""
+    spec, steps = partial(topology.spec, mesh), SETTINGS.epochs * -(-draws // SETTINGS.batch_size)
 
     def stacked(leaf):
-        return spread((1, *leaf.shape), leaf.dtype)
+        return spec((orders, sharing, *leaf.shape), leaf.dtype, *axis)
 
     params, state = jax.tree.map(stacked, jax.eval_shape(model.init, jax.random.key(0)))
-    batches = (steps, SETTINGS.batch_size)
-    order = loop.Schedule(spread(batches, np.int32), spread(batches, np.bool_))
-    moves = finetune.Steps(order, spread((steps,), jnp.float32))
-    rows = topology.spec(mesh, (DRAWS, 32, 32, 3), jnp.float32)
-    targets = spread((1, DRAWS, CLASSES), jnp.float32)
+    batches = (orders, steps, SETTINGS.batch_size)
+    order = loop.Schedule(spec(batches, np.int32, *axis), spec(batches, np.bool_, *axis))
+    moves = finetune.Steps(order, spec((orders, steps), jnp.float32, *axis))
+    targets = spec((orders, sharing, draws, CLASSES), jnp.float32, *axis)
 
     def run(rows, moves, models, targets):
         return finetune._tune(dmm._Matching(model.apply), SETTINGS.optimizer, rows, moves, models, targets, None)
 
+    return run, (spec((draws, *shape), jnp.float32), moves, finetune.Models(params, state), targets)
+
+
+def build(mesh):
+    axis, shape = mesh.axis_names[0], (32, 32, 3)
+    run, arguments = tuning(mesh, resnet9(shape, CLASSES), shape, DRAWS, MODELS, 1, axis)
     each = jax.shard_map(
         run, mesh=mesh, in_specs=(jax.P(), jax.P(axis), jax.P(axis), jax.P(axis)), out_specs=jax.P(axis),
         check_vma=False,
     )  # fmt: skip
-    return each, (rows, moves, finetune.Models(params, state), targets)
+    return each, arguments
 
 
 def build_small(orders, mesh):
-    model, spec = mlp(784, (64,), CLASSES), partial(topology.spec, mesh)
-    sharing, draws, steps = SMALL // orders, 2500, 20
-
-    def stacked(leaf):
-        return spec((orders, sharing, *leaf.shape), leaf.dtype)
-
-    params, state = jax.tree.map(stacked, jax.eval_shape(model.init, jax.random.key(0)))
-    batches = (orders, steps, SETTINGS.batch_size)
-    order = loop.Schedule(spec(batches, np.int32), spec(batches, np.bool_))
-    moves = finetune.Steps(order, spec((orders, steps), jnp.float32))
-    targets = spec((orders, sharing, draws, CLASSES), jnp.float32)
-
-    def run(rows, moves, models, targets):
-        return finetune._tune(dmm._Matching(model.apply), SETTINGS.optimizer, rows, moves, models, targets, None)
-
-    return run, (spec((draws, 784), jnp.float32), moves, finetune.Models(params, state), targets)
+    return tuning(mesh, mlp(784, (64,), CLASSES), (784,), 2500, orders, SMALL // orders)
 
 
 LARGE = Program("unlearning", f"resnet9-{MODELS}-models", "v6e", True, build, ())

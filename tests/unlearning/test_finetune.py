@@ -149,7 +149,7 @@ def test_orders_that_do_not_divide_the_models_are_refused(task, count):
 
 def test_an_order_for_all_spreads_over_devices_too(task):
     problem, models, keys = task
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    mesh = meshes.data_mesh(jax.devices()[:2])
     chosen = dmm.rows(problem, jax.random.key(2))
     targets = np.ones((2, len(chosen.examples), 3), np.float32)
     one, two = (dmm.match(problem, models, chosen, targets, keys[:1], mesh=each) for each in (None, mesh))
@@ -158,7 +158,7 @@ def test_an_order_for_all_spreads_over_devices_too(task):
 
 def test_models_spread_over_devices_are_the_same(task):
     problem, models, keys = task
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    mesh = meshes.data_mesh(jax.devices()[:2])
     chosen = dmm.rows(problem, jax.random.key(2))
     targets = np.ones((2, len(chosen.examples), 3), np.float32)
     one, two = (dmm.match(problem, models, chosen, targets, keys, mesh=each) for each in (None, mesh))
