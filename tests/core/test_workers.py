@@ -76,9 +76,11 @@ def test_a_process_that_is_killed_is_an_error_that_says_so(operand):
 
 
 LONG = """
-import sys
+import signal
 import jax, jax.numpy as jnp, numpy as np
 from jattrib.core.workers import Workers
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin by ignoring it
 
 def long(operand, row):
     return jax.lax.fori_loop(0, 2**31 - 1, lambda i, x: jnp.sin(x + operand), row)
