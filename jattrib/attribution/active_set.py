@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-HALVINGS = 24
-"""Of the interval that holds the best part of a step."""
+HALVINGS = 8
+"""Of the interval that holds the best part of a step: more make no difference to how many products it takes."""
 
 SLOPE = 0.1
 """Of the objective's slope at the beginning of a step, which may be left, upwards, at the end of a whole one."""

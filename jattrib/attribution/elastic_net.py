@@ -6,7 +6,7 @@ In standardised columns, and for each target of its own, it minimises
 
 All targets go in step: each says which vector it wants to know `XᵀX v` of, one product of matrices answers them all,
 and each goes on from its answer, by `active_set`'s method.  So most of the time is in products of matrices, whatever
-the targets do: four fifths of it on a CPU.
+the targets do: four fifths of it on a CPU.  On a TPU all the rest of a round is one pass over memory.
 
 Gradients move with the weights, and are computed anew, from the residual, before a target goes on to its next penalty:
 the duality gap is then that of the weights.  From one penalty to the next the solution, and with it the gradient, is
@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jattrib.attribution import active_set
 from jattrib.core import mesh as meshes
+from jattrib_kernels.by_rows import by_rows
 
 TOGETHER = 32
 """Targets in step on a device at the least: with fewer, products take as long.  On a core of a CPU at the most, too:
@@ -177,6 +178,30 @@ class _Lane(NamedTuple):
     record: Solution
 
 
+class _Scale(NamedTuple):
+    """What all targets know of the design: the diagonal of `XᵀX`, its mean, and the largest eigenvalue."""
+
+    energies: Float[Array, " n"]
+    energy: Float[Array, ""]
+    lipschitz: Float[Array, ""]
+
+
+class _Known(NamedTuple):
+    """What a target knows when its turn comes: see `Targets`, but for what follows.
+
+    Attributes:
+        answer: `XᵀX v` of the vector that it wanted to be multiplied, less `Xᵀy` where that was w.
+        error: of its weights over the held-out rows, if it wanted to know; None where no rows are held out.
+    """
+
+    answer: Float[Array, "*t n"]
+    error: Float[Array, "*t"] | None
+    correlation: Float[Array, "*t n"]
+    energy: Float[Array, "*t"]
+    alpha: Float[Array, "*t k"]
+    beta: Float[Array, "*t k"]
+
+
 def descend(
     problem: Problem,
     targets: Targets,
@@ -262,10 +287,10 @@ def _answers(problem: Problem, targets: Targets, lanes: _Lane) -> Float[Array, "
     return answers if problem.gram is None else answers - jnp.where(is_check, targets.correlation, 0)
 
 
-def _errors(problem: Problem, targets: Targets, lanes: _Lane) -> Float[Array, " t"]:
-    """Return the sum of squares over the held-out rows, of the targets that want their gradient."""
+def _errors(problem: Problem, targets: Targets, lanes: _Lane) -> Float[Array, " t"] | None:
+    """Return the sum of squares over the held-out rows, if there are any, of the targets that want their gradient."""
     if not problem.held_out.shape[0]:
-        return jnp.zeros_like(targets.energy)
+        return None
 
     def some(weights: Float[Array, "t n"], outputs: Float[Array, "t h"]) -> Float[Array, " t"]:
         predicted = _matmul(problem.held_out, _as_it_is(weights.T)).T
@@ -286,6 +311,15 @@ def _of_few(
 
     rounds = -(-jnp.sum(flags, dtype=jnp.int32) // few)
     return jax.lax.fori_loop(0, rounds, some, jnp.zeros(len(flags), jax.tree.leaves(inputs)[0].dtype))
+
+
+def _if_any(
+    flags: Bool[Array, " t"], function: Callable[..., Float[Array, " t"]], *inputs: PyTree[Float[Array, "t ..."]]
+) -> Float[Array, " t"]:
+    """Return a function of the flagged targets' inputs, and 0 for others: of all, in one place, if any is flagged."""
+    zero = jnp.zeros(flags.shape, jax.tree.leaves(inputs)[0].dtype)
+    some = jnp.max(jnp.where(flags, 1, 0)) > 0
+    return jax.lax.cond(some, lambda: jnp.where(flags, function(*inputs), zero), lambda: zero)
 
 
 def _as_it_is(matrix: Float[Array, "a b"]) -> Float[Array, "a b"]:
@@ -351,32 +385,45 @@ def _advance_here(rule: Rule, problem: Problem, least: Int[Array, ""], targets: 
 def _round(problem: Problem, rule: Rule, targets: Targets, lanes: _Lane) -> _Lane:
     """Take all targets from their products to the next that they want."""
     answers, errors = _answers(problem, targets, lanes), _errors(problem, targets, lanes)
-    moved, onward, is_solved, is_whole = jax.vmap(partial(_conjugate, problem))(targets, lanes, answers)
-    ends = is_solved & (lanes.phase != CHECK) & (lanes.stage < targets.alpha.shape[1])
-    lines = active_set.Line(lanes.weights, lanes.gradient, moved.step, moved.change, *_penalties(targets, lanes.stage))
-    parts = _of_few(ends & ~is_whole, jax.vmap(active_set.best_part), lines)
+    scale = _Scale(problem.energies, jnp.mean(problem.energies), problem.lipschitz)
+    known = _Known(answers, errors, targets.correlation, targets.energy, targets.alpha, targets.beta)
+    path = lanes.record.path
+    bare = lanes._replace(record=lanes.record._replace(path=()))
+    (moved,) = by_rows(partial(_turn, rule, _if_any), scale, bare, known, whole=partial(_turn, rule, _of_few))
+    if rule.keep_path:
+        at = jnp.where(moved.stage > lanes.stage, lanes.stage, path.shape[1])
+        path = path.at[jnp.arange(len(at)), at].set(moved.last_weights, mode="drop")
+    return moved._replace(record=moved.record._replace(path=path))
+
+
+def _turn(rule: Rule, of_some: Callable[..., Array], scale: _Scale, lanes: _Lane, known: _Known) -> tuple[_Lane]:
+    """Take targets from what they know to what they want to know next: vectors and numbers of each, no products."""
+    moved, onward, ends, is_whole = jax.vmap(partial(_conjugate, scale))(lanes, known)
+    penalties = jax.vmap(_penalties)(known, lanes.stage)
+    line = active_set.Line(lanes.weights, lanes.gradient, moved.step, moved.change, *penalties)
+    parts = of_some(ends & ~is_whole, jax.vmap(active_set.best_part), line)
     parts = jnp.where(ends & is_whole, 1, parts)
-    return jax.vmap(partial(_go_on, problem, rule))(targets, moved, answers, errors, onward, ends, parts)
+    return (jax.vmap(partial(_go_on, rule, scale))(moved, known, onward, ends, parts),)
 
 
 def _conjugate(
-    problem: Problem, target: Targets, lane: _Lane, answer: Float[Array, " n"]
+    scale: _Scale, lane: _Lane, known: _Known
 ) -> tuple[_Lane, Float[Array, " n"], Bool[Array, ""], Bool[Array, ""]]:
     """Take what is now known into a target's step.
 
-    Also return the next conjugate gradient, whether the step's linear system is solved, and whether all of it helps.
+    Also return the next conjugate gradient, whether the step has ended, and whether all of it helps.
     """
-    alpha, beta = _penalties(target, lane.stage)
+    answer, (alpha, beta) = known.answer, _penalties(known, lane.stage)
     extra, is_begin = beta + lane.damping, lane.phase == BEGIN
     curvature = jnp.sum(lane.wanted * (answer + extra * lane.wanted))
-    flat = jnp.finfo(answer.dtype).eps * (problem.lipschitz + beta) * jnp.sum(lane.wanted * lane.wanted)
+    flat = jnp.finfo(answer.dtype).eps * (scale.lipschitz + beta) * jnp.sum(lane.wanted * lane.wanted)
     curved = curvature > flat
     pace = jnp.where(curved, lane.norm / jnp.where(curved, curvature, 1), 0)
     far, fresh = jnp.where(is_begin, 1, pace), lane.steps == 0
     step = jnp.where(fresh, 0, lane.step) + far * lane.wanted
     change = jnp.where(fresh, 0, lane.change) + far * answer
     slope = lane.gradient + beta * lane.weights
-    signs = active_set.signs(lane.weights, slope, problem.energies + extra, alpha)
+    signs = active_set.signs(lane.weights, slope, scale.energies + extra, alpha)
     residual = active_set.downwards(slope + change + extra * step, signs, alpha)
     norm = jnp.sum(residual * residual)
     kept = jnp.where(is_begin, 0, norm / jnp.where(lane.norm > 0, lane.norm, 1))
@@ -389,55 +436,54 @@ def _conjugate(
         norm=norm,
         pace=jnp.where((lane.phase == CONJUGATE) & curved, pace, lane.pace),
     )
-    return moved, residual + kept * lane.wanted, is_solved, is_whole
+    ends = is_solved & (lane.phase != CHECK) & (lane.stage < known.alpha.shape[0])
+    return moved, residual + kept * lane.wanted, ends, is_whole
 
 
 def _go_on(
-    problem: Problem, rule: Rule, target: Targets, lane: _Lane, answer: Float[Array, " n"], error: Float[Array, ""],
-    onward: Float[Array, " n"], ends: Bool[Array, ""], part: Float[Array, ""],
+    rule: Rule, scale: _Scale, lane: _Lane, known: _Known, onward: Float[Array, " n"], ends: Bool[Array, ""],
+    part: Float[Array, ""],
 ) -> _Lane:  # fmt: skip
     """Take a part of a target's step, if that has ended, or judge where it is; and say what it wants to know next."""
     is_check = lane.phase == CHECK
-    alpha, beta = _penalties(target, lane.stage)
+    alpha, beta = _penalties(known, lane.stage)
     weights = lane.weights + part * lane.step
-    gradient = jnp.where(is_check, answer, lane.gradient + part * lane.change)
-    gap = active_set.relative_gap(weights, gradient + beta * weights, target.correlation, target.energy, alpha)
-    damping = active_set.damped(lane.damping, part, jnp.mean(problem.energies), problem.lipschitz)
+    gradient = jnp.where(is_check, known.answer, lane.gradient + part * lane.change)
+    gap = active_set.relative_gap(weights, gradient + beta * weights, known.correlation, known.energy, alpha)
+    damping = active_set.damped(lane.damping, part, scale.energy, scale.lipschitz)
     moved = lane._replace(
         weights=weights,
         gradient=gradient,
         damping=jnp.where(ends, damping, lane.damping),
         moves=jnp.where(is_check, 0, lane.moves + ends.astype(jnp.int32)),
     )
-    judged = _judge(rule, target, moved, gap, error, is_check)
+    judged = _judge(rule, moved, known, gap, is_check)
     checks = ends & ((gap <= SAFETY * rule.tolerance) | (moved.moves >= MOVES))
-    return _ask(problem, target, judged, onward, ends | is_check, checks)
+    return _ask(scale, judged, known, onward, ends | is_check, checks)
 
 
-def _judge(
-    rule: Rule, target: Targets, lane: _Lane, gap: Float[Array, ""], error: Float[Array, ""], is_check: Bool[Array, ""]
-) -> _Lane:
+def _judge(rule: Rule, lane: _Lane, known: _Known, gap: Float[Array, ""], is_check: Bool[Array, ""]) -> _Lane:
     """Where a target's gap is small enough, record it, and go to where the next penalty's solution should be."""
-    stages, stage, record = target.alpha.shape[0], lane.stage, lane.record
+    stages, stage, record = known.alpha.shape[0], lane.stage, lane.record
     weights, gradient = lane.weights, lane.gradient
     advance = is_check & ((gap <= rule.tolerance) | (lane.checks + 1 >= CHECKS))
-    better = advance & (error < lane.best) if target.held_out.shape[0] else advance
-    at = jnp.where(advance, stage, stages)
+    error = jnp.zeros_like(gap) if known.error is None else known.error
+    better = advance if known.error is None else advance & (error < lane.best)
+    is_here = _is_at(stage, stages) & advance
     chosen = jnp.where(better, stage, record.chosen)
-    record = Solution(
+    record = record._replace(
         weights=jnp.where(better, weights, record.weights),
         chosen=chosen,
-        gaps=record.gaps.at[at].set(gap, mode="drop"),
-        errors=record.errors.at[at].set(error, mode="drop"),
+        gaps=jnp.where(is_here, gap, record.gaps),
+        errors=jnp.where(is_here, error, record.errors),
         products=record.products + (stage < stages).astype(jnp.int32),
-        path=record.path.at[at].set(weights, mode="drop") if rule.keep_path else record.path,
     )
     following = jnp.where(advance, stage + 1, stage)
     if rule.patience:
         following = jnp.where(advance & (stage - chosen >= rule.patience), stages, following)
-    before, here, there = (_penalties(target, each)[0] for each in (jnp.maximum(stage - 1, 0), stage, following))
-    known = advance & (before != here) & (following < stages)
-    factor = jnp.where(known, (there - here) / jnp.where(known, here - before, 1), 0)
+    before, here, there = (_penalties(known, each)[0] for each in (jnp.maximum(stage - 1, 0), stage, following))
+    extends = advance & (before != here) & (following < stages)
+    factor = jnp.where(extends, (there - here) / jnp.where(extends, here - before, 1), 0)
     return lane._replace(
         weights=weights + factor * (weights - lane.last_weights),
         gradient=gradient + factor * (gradient - lane.last_gradient),
@@ -451,15 +497,15 @@ def _judge(
 
 
 def _ask(
-    problem: Problem, target: Targets, lane: _Lane, onward: Float[Array, " n"], anew: Bool[Array, ""],
+    scale: _Scale, lane: _Lane, known: _Known, onward: Float[Array, " n"], anew: Bool[Array, ""],
     checks: Bool[Array, ""],
 ) -> _Lane:  # fmt: skip
     """Ask for the first product of a target's next step, for its gradient, or for the product with a direction."""
-    alpha, beta = _penalties(target, lane.stage)
+    alpha, beta = _penalties(known, lane.stage)
     slope = lane.gradient + beta * lane.weights
-    signs = active_set.signs(lane.weights, slope, problem.energies + beta + lane.damping, alpha)
+    signs = active_set.signs(lane.weights, slope, scale.energies + beta + lane.damping, alpha)
     off, downwards = jnp.where(signs != 0, 0, -lane.weights), active_set.downwards(slope, signs, alpha)
-    begins = anew & jnp.any(off != 0)
+    begins = anew & (jnp.max(jnp.abs(off)) > 0)
     first = jnp.where(begins, off + lane.pace * downwards, downwards)
     norm = jnp.where(anew, jnp.sum(downwards * downwards), lane.norm)
     return lane._replace(
@@ -471,11 +517,16 @@ def _ask(
     )
 
 
-def _penalties(target: Targets, stage: Int[Array, "*t"]) -> tuple[Float[Array, "*t"], Float[Array, "*t"]]:
-    """Return α and β at one stage; beyond the last, the last."""
-    at = jnp.minimum(stage, target.alpha.shape[-1] - 1)[..., None]
-    alpha, beta = (jnp.take_along_axis(each, at, axis=-1)[..., 0] for each in (target.alpha, target.beta))
-    return alpha, beta
+def _penalties(known: _Known, stage: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return a target's α and β at one stage; beyond the last, the last."""
+    stages = known.alpha.shape[0]
+    is_here = _is_at(jnp.minimum(stage, stages - 1), stages)
+    return jnp.sum(jnp.where(is_here, known.alpha, 0)), jnp.sum(jnp.where(is_here, known.beta, 0))
+
+
+def _is_at(stage: Int[Array, ""], stages: int) -> Bool[Array, " k"]:
+    """Return which of all stages is the given one: none where it is beyond the last."""
+    return jax.lax.broadcasted_iota(jnp.int32, (1, stages), 1)[0] == stage
 
 
 def lipschitz(rows: Float[Array, "m n"], *, steps: int = 30) -> Float[Array, ""]:

@@ -4,6 +4,7 @@
 * `sketch_projection`: the block-rotated sign sketch, one pass over the data, and its transpose
 * `kernel_inverse`: `(K + λI)⁻¹ B` of a symmetric positive definite K
 * `gram`: `ΦᵀΦ` of a stream of rows
+* `by_rows`: a function of rows in one pass over memory
 * `random`: the counter-based generator that makes every random matrix here
 * `backend`: which implementation runs
 

@@ -39,7 +39,7 @@ def build(mesh):
 
 PROGRAMS = [
     *(
-        Program("surrogate", "lasso-2000x5000", chip, pod, build, ())
+        Program("surrogate", "lasso-2000x5000", chip, pod, build, ("by_rows",))
         for chip in ("v5e", "v6e")
         for pod in (False, True)
     ),
