@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from jattrib.attribution import smoothness
-from jattrib.core import params, tree
+from jattrib.core import params, store, tree
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.progress import track
 from jattrib.core.types import Batch, Params
@@ -231,7 +231,7 @@ def descend(
         parts = {"data": run.data, "order": run.order, "inputs": inputs, "heldout": heldout, "monitor": monitor}
         parts |= {f"run {at}": (each.data, each.order, start) for at, (each, start) in enumerate(others, 2)}
         digests = {name: tree.digest(part) for name, part in parts.items()}
-        identity = {**digests, "steps": steps, "parametrisation": parametrisation, **(identity or {})}
+        identity = store.identified({**digests, "steps": steps, "parametrisation": parametrisation}, identity)
         state = params.load_params(directory, state, identity) if params.exists(directory) else state
     runs = [(run, inputs), *others]
     queries = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], heldout)

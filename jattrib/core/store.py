@@ -17,7 +17,7 @@ from jattrib.core.errors import InvalidInputError, StoreError
 from jattrib.core.files import read_json, write_json
 from jattrib.core.params import load_params, save_params
 
-__all__ = ["Rows", "load_params", "read_json", "row_arrays", "save_params", "write_json"]
+__all__ = ["Rows", "identified", "load_params", "read_json", "row_arrays", "save_params", "write_json"]
 
 JOURNAL, ARRAYS = "journal.jsonl", "arrays"
 
@@ -35,6 +35,15 @@ def row_arrays(batch: PyTree) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """
     named = tree.to_names(batch)
     return {name: (tuple(leaf.shape[1:]), np.dtype(leaf.dtype)) for name, leaf in named.items()}
+
+
+def identified(found: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return one identity of what was found out and what a caller gives, who cannot say otherwise of what was found.
+
+    >>> identified({"data": "3f2a"}, {"data": "CIFAR", "model": "wide"})
+    {'data': '3f2a', 'identity.data': 'CIFAR', 'model': 'wide'}
+    """
+    return {**found, **{f"identity.{name}" if name in found else name: each for name, each in (given or {}).items()}}
 
 
 class Rows:

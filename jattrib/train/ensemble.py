@@ -108,7 +108,7 @@ def collect(
             arrays=store.row_arrays(like),
             length=len(members),
             chunk=width,
-            identity={**_identity(ensemble, data), **(identity or {})},
+            identity=store.identified(_identity(ensemble, data), identity),
         )
         _check_members(into, members)
     with chunk.trainer(ensemble, operand, masks.shape[1]) as run:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
 from jattrib.core import mesh as meshes
-from jattrib.core import tree
+from jattrib.core import store, tree
 from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.progress import track
 from jattrib.core.types import Batch, Params
@@ -228,7 +228,8 @@ def metagradient(
     if directory is not None:
         parts = {"data": run.data, "order": run.order, "inputs": inputs, "queries": queries}
         digests = {name: tree.digest(part) for name, part in parts.items()}
-        shelf = shelf._replace(identity={**digests, **plan._asdict(), **(identity or {})})
+        numbers = {f"cut.{name}": number for name, number in plan._asdict().items()}
+        shelf = shelf._replace(identity=store.identified({**digests, **numbers}, identity))
     with track(2 * plan.steps, "replaying", progress=progress and jax.process_index() == 0) as report:
         found = _replay(tree.callable_tree(output), run, inputs, queries, plan, shelf, checkpoint_every, report)
     _check_finite(found, plan)

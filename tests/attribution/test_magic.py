@@ -311,6 +311,16 @@ def test_descent_is_resumed_to_the_same_bits(data, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, whole, descent(data, directory=tmp_path))
 
 
+def test_a_descent_on_other_data_is_refused_whatever_their_name(data, tmp_path):
+    settings = {"directory": tmp_path, "identity": {"data": "CIFAR", "heldout": "CIFAR"}, "steps": 1}
+    descent(data, **settings)
+    with pytest.raises(StoreError, match="belongs to another run: its data is"):
+        descent(flipped(data)[0], **settings)
+    (train, (inputs, labels)) = data
+    with pytest.raises(StoreError, match="belongs to another run: its heldout is"):
+        descent((train, (inputs, labels[::-1])), **settings)
+
+
 @pytest.mark.parametrize(
     ("weights", "parametrisation"), [(jnp.zeros(N), "softplus"), (-jnp.ones(N), "clip"), (jnp.ones((12, 20)), "clip")]
 )

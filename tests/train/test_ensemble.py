@@ -152,6 +152,15 @@ def test_a_directory_of_another_ensemble_is_refused(data, tmp_path, change, mess
         ensemble.train(small(**change), data, masks, keys, directory=tmp_path / "models")
 
 
+def test_a_directory_of_other_data_is_refused_whatever_their_name(data, tmp_path):
+    masks, keys = members(4)
+    settings = {"directory": tmp_path / "models", "identity": {"data": "CIFAR"}}
+    first = ensemble.train(small(), data, masks, keys, **settings)
+    with pytest.raises(StoreError, match="belongs to another run: its data is"):
+        ensemble.train(small(), (3 * data[0], data[1]), masks, keys, **settings)
+    assert_same_bits(ensemble.train(small(), data, masks, keys, **settings), first)
+
+
 def test_a_directory_of_other_members_is_refused(data, tmp_path):
     masks, keys = members(4)
     ensemble.train(small(), data, masks, keys, directory=tmp_path / "models")

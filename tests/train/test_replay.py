@@ -379,6 +379,24 @@ def test_a_directory_of_another_run_is_refused(tmp_path, monkeypatch):
         replayed(other, segment=3, directory=tmp_path)
     with pytest.raises(StoreError, match="belongs to another run: its model is nothing, this run's is 'wide'"):
         replayed(case, segment=3, directory=tmp_path, identity={"model": "wide"})
+    backwards = case._replace(queries=jax.tree.map(lambda leaf: leaf[::-1], case.queries))
+    with pytest.raises(StoreError, match="belongs to another run: its queries is"):
+        replayed(backwards, segment=3, directory=tmp_path)
+
+
+def test_an_identity_says_nothing_of_what_a_directory_knows(tmp_path, monkeypatch):
+    case = problem(dtype=jnp.float32)
+    settings = {"segment": 3, "directory": tmp_path, "identity": {"data": "CIFAR", "inputs": 1}}
+    with monkeypatch.context() as patch:
+        count_calls(patch, 8)
+        with pytest.raises(KilledError):
+            replayed(case, checkpoint_every=0.0, **settings)
+    other = case._replace(run=case.run._replace(data=(3 * case.run.data[0], case.run.data[1])))
+    with pytest.raises(StoreError, match="belongs to another run: its data is"):
+        replayed(other, **settings)
+    with pytest.raises(StoreError, match=r"its identity.inputs is 1, this run's is 2"):
+        replayed(case, **{**settings, "identity": {"data": "CIFAR", "inputs": 2}})
+    jax.tree.map(np.testing.assert_array_equal, replayed(case, **settings), replayed(case, segment=3))
 
 
 def test_a_square_root_of_zero_is_named(x64):
