@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.extend.core import Literal
 from jaxtyping import Array, Float, PyTree
 
 from jattrib.core.types import Batch, Params
@@ -68,14 +69,22 @@ def by_entry(optimizer: optax.GradientTransformation, params: Params) -> bool:
     """Return whether an optax transformation moves each entry of a matrix by its own past and by sums over all alone.
 
     It reads the operations of an update: those that know rows from columns (a product, a norm by column, an array of
-    factors in a closure) tell that it does not.
+    factors in a closure) tell that it does not.  So does an update of other operations or numbers where narrow matrices
+    are on their side: it has read shapes.
     """
 
     def update(params: Params) -> PyTree:
         with jax.numpy_dtype_promotion("standard"):  # as in training
             return optimizer.update(params, optimizer.init(params), params)
 
-    return _by_entry(jax.make_jaxpr(update)(params))
+    upright = jax.make_jaxpr(update)(params)
+    if not _by_entry(upright):
+        return False
+    try:
+        on_side = jax.make_jaxpr(update)(turn(params, params))
+    except Exception:  # whatever an optimiser raises that asks for shapes of its own
+        return False
+    return _by_entry(on_side) and _told(upright) == _told(on_side)
 
 
 def _by_entry(closed: Any) -> bool:
@@ -93,6 +102,33 @@ def _keeps_entries_apart(equation: Any) -> bool:
     if max(ranks | {result}) < 2 or (name in WHOLE and result == 0):
         return True
     return ranks <= {0} if name == "broadcast_in_dim" else name in BY_ENTRY and ranks <= {0, result}
+
+
+def _told(closed: Any) -> list[Any]:
+    """Return the equations of a program, variables by number, alike for matrices upright and on their side."""
+    jaxpr, numbers = getattr(closed, "jaxpr", closed), {}
+
+    def variable(var: Any) -> tuple[Any, ...]:
+        name = repr(var.val) if isinstance(var, Literal) else numbers.setdefault(var, len(numbers))
+        return name, str(var.aval.dtype), var.aval.weak_type, sorted(var.aval.shape)
+
+    def setting(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return sorted(value) if name == "shape" else [setting(name, each) for each in value]
+        if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
+            return _told(value)
+        return None if callable(value) else repr(value)
+
+    equations = [
+        (
+            equation.primitive.name,
+            [variable(var) for var in (*equation.invars, *equation.outvars)],
+            {name: setting(name, value) for name, value in equation.params.items()},
+        )
+        for equation in jaxpr.eqns
+    ]
+    constants = [repr(each) for each in getattr(closed, "consts", ())]
+    return [constants, equations, [variable(var) for var in (*jaxpr.constvars, *jaxpr.invars, *jaxpr.outvars)]]
 
 
 def _is_narrow(leaf: Any) -> bool:

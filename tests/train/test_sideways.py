@@ -38,7 +38,27 @@ def by_scan(updates, params):
     return jax.tree.map(running, updates)
 
 
+def by_fan_in(updates, params):
+    del params
+    return jax.tree.map(lambda leaf: leaf / leaf.shape[0], updates)
+
+
+def is_head(params):
+    return jax.tree.map(lambda leaf: leaf.ndim == 2 and leaf.shape[1] == 3, params)
+
+
+def known_shapes(updates, params):
+    return jax.tree.map(lambda leaf: {(7, 9): 1.0, (9, 3): 2.0, (9,): 1.0, (3,): 1.0}[leaf.shape] * leaf, updates)
+
+
 NOT_BY_ENTRY = {
+    "fan-in": optax.chain(optax.stateless(by_fan_in), optax.sgd(0.5)),
+    "decay of the head": optax.chain(optax.add_decayed_weights(0.5, mask=is_head), optax.sgd(0.1)),
+    "known shapes": optax.chain(optax.stateless(known_shapes), optax.sgd(0.1)),
+    "factors, NumPy": optax.chain(
+        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, jax.tree.map(np.asarray, FACTORS))),
+        optax.sgd(0.1),
+    ),
     "lamb": optax.lamb(0.01),  # flattens matrices for their norms, which would do, but is not known to
     "adafactor": optax.adafactor(0.01, min_dim_size_to_factor=2),
     "noisy": optax.noisy_sgd(0.1, key=3),
