@@ -103,7 +103,7 @@ def read(
         return output(state)(params, query)
 
     def one(block: Batch) -> tuple[Array, list[Array]]:
-        return jax.vmap(jax.value_and_grad(value), in_axes=(None, 0))(_flip(floating), block)
+        return jax.vmap(jax.value_and_grad(_through_stops(value)), in_axes=(None, 0))(_flip(floating), block)
 
     values, cotangent = _map_blocks(one, queries)
     return values, _spread(program, cotangent)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 
 from jattrib.core.errors import DivergedError, InvalidInputError, StoreError
 from jattrib.models import gpt
-from jattrib.models.adapt import from_nnx
+from jattrib.models.adapt import from_function, from_nnx
 from jattrib.models.mlp import mlp
 from jattrib.models.outputs import Loss, Margin
 from jattrib.train import budget, loop, pullback, replay
@@ -198,6 +198,33 @@ def test_metagradients_are_central_differences_of_training(x64, model, make):
         assert_agree(along(getattr(found, name), direction), difference(function, at, direction))
     single = np.eye(N)[3]  # one example, not a mixture
     assert_agree(found.weights[3], difference(lambda x: plain(x, params, hyper), weights, single))
+
+
+def test_outputs_through_a_stopped_gradient_move_with_the_parameters(x64):
+    """By central differences, whichever part of a model a gradient stops at, in training and in the output alike."""
+    case, rng = problem(), np.random.default_rng(0)
+    params = {"first": jnp.asarray(rng.normal(size=(5, 6))), "last": jnp.asarray(rng.normal(size=(6, 3)))}
+
+    def frozen(params, x):
+        return jnp.tanh(jax.lax.stop_gradient(x @ params["first"])) @ params["last"]
+
+    def straight_through(params, x):
+        last = params["last"] + jax.lax.stop_gradient(jnp.tanh(params["last"]) - params["last"])
+        return jnp.tanh(x @ params["first"]) @ last
+
+    for forward in (frozen, straight_through):
+        model = from_function(lambda key: params, forward)
+        run = case.run._replace(loss=loop.classification_loss(model))
+        inputs = case.inputs._replace(params=params, state=())
+        here = case._replace(output=partial(Margin, model.apply), run=run, inputs=inputs)
+        found = replayed(here)
+        plain = jax.jit(partial(by_plain_training, here, optimizer=SGD))
+        for name, at, function in (
+            ("weights", inputs.weights, lambda x, plain=plain: plain(x, params)),
+            ("params", params, lambda x, plain=plain, inputs=inputs: plain(inputs.weights, x)),
+        ):
+            direction = directions(at, 5)
+            assert_agree(along(getattr(found, name), direction), difference(function, at, direction))
 
 
 @pytest.mark.slow
