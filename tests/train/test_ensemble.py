@@ -13,6 +13,7 @@ from jattrib.core import stream
 from jattrib.core.errors import DivergedError, InvalidInputError, StoreError
 from jattrib.data import masks as subset_masks
 from jattrib.data.synthetic import gaussian_classes
+from jattrib.models.adapt import from_function
 from jattrib.models.mlp import mlp
 from jattrib.models.resnet import resnet9
 from jattrib.train import ensemble, loop
@@ -74,6 +75,28 @@ def test_a_member_has_the_same_bits_in_any_chunk(data, strategy):
     again = ensemble.train(group, data, masks[shuffled], keys[shuffled])
     assert_same_bits(jax.tree.map(lambda leaf: leaf[shuffled], trained), again)
     assert_same_bits(jax.tree.map(lambda leaf: leaf[:1], trained), ensemble.train(group, data, masks[:1], keys[:1]))
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "threads"])
+def test_settings_of_the_calling_thread_hold(data, strategy):
+    """Double precision within a `with` block, and whatever else a program is traced under."""
+    seen = []
+
+    def apply(params, x):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return x @ params["w"]
+
+    model = from_function(lambda key: {"w": jax.random.normal(key, (6, 3))}, apply)
+    group = small(strategy=strategy, model=model)
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        double = data[0].astype(np.float64), data[1]
+        masks, keys = members(5)
+        trained = ensemble.train(group, double, masks, keys)
+        for number in range(5):
+            expected = alone(group, double, masks[number], keys[number])
+            assert_close(jax.tree.map(lambda leaf, i=number: leaf[i], trained), expected, rtol=1e-11)
+    assert trained.params["w"].dtype == np.float64
+    assert set(seen) == {"highest"}
 
 
 def test_eight_devices_train_what_one_does(data):
