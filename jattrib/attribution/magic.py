@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key
 
 from jattrib.attribution import smoothness
 from jattrib.core import params, store, tree
-from jattrib.core.errors import InvalidInputError
+from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.progress import track
 from jattrib.core.types import Batch, Params
 from jattrib.models.model import Apply
@@ -82,11 +82,12 @@ def scores(
         inputs: what it starts from; its weights are usually one each.
         queries: examples, arrays with leading axis q.
         key: draws the examples whose removal tests smoothness, by two more runs; None does not test.
-        fraction: how many of the examples those are.
+        fraction: how many of the examples of a weight that is not zero those are.
         settings: those of `replay.metagradient`: segments, blocks, checkpoints, directory, mesh.
 
     Raises:
-        InvalidInputError: weights are not one an example, or as `replay.metagradient` says.
+        InvalidInputError: weights are not one an example, the fraction is not between 0 and 1, or as
+            `replay.metagradient` says.
         DivergedError: an output or a derivative is not finite.
         StoreError: as `replay.metagradient` says.
 
@@ -101,12 +102,12 @@ def scores(
             expected="one weight an example",
             remedy="pass jnp.ones(n); for single draws call train.replay.metagradient itself",
         )
+    direction = None if key is None else smoothness.removal(jnp.asarray(inputs.weights), fraction, key)
     found = replay.metagradient(output, run, inputs, queries, **settings)
     line, causes = smoothness.Probe(float("nan"), float("nan")), ()
-    if key is not None:
-        direction = smoothness.removal(jnp.asarray(inputs.weights), fraction, key)
+    if direction is not None:
         line = smoothness.probe(output, run, inputs, queries, found, direction)
-        if line.metasmoothness < SMOOTH or line.error > ACCURATE:
+        if not (line.metasmoothness >= SMOOTH and line.error <= ACCURATE):  # NaN, too: a run on the line diverged
             causes = smoothness.causes(run, inputs, found)
             _warn(line, fraction, causes)
     info = Info(np.asarray(found.values), *line, smoothness.growth(found), causes)
@@ -218,7 +219,7 @@ def descend(
 
     Raises:
         InvalidInputError: weights are not one an example, are negative, or are zero where `softplus` is asked for.
-        DivergedError: the objective or its derivative is not finite.
+        DivergedError: the objective, on the monitor too, or its derivative is not finite.
         StoreError: `directory` cannot be written, belongs to another descent, or is damaged.
 
     Source: Engstrom et al. 2025, section 4 (metagradient descent), whose steps are signs, on a random part of the data.
@@ -251,6 +252,7 @@ def descend(
                     watched += float(objective(found.trained, monitor)) / len(runs)
             state.values[number], state.path[number] = value, weights
             if monitor is not None:
+                _check_monitored(watched, number)
                 state.monitored[number] = watched
             raw, moments = _update(optimizer, state, gradient, parametrisation)
             state = state._replace(number=np.int32(number + 1), moments=moments, raw=raw)
@@ -270,6 +272,15 @@ class _Step(NamedTuple):
     path: Any
     values: Any
     monitored: Any
+
+
+def _check_monitored(value: float, step: int) -> None:
+    if not np.isfinite(value):
+        raise DivergedError(
+            f"the objective on the monitor is {value} at the weights of step {step}",
+            expected="finite values, among which the lowest is chosen",
+            remedy="lower the rate of the descent or of training, or check the monitor for extreme values",
+        )
 
 
 def _update(

@@ -62,6 +62,7 @@ def metasmoothness(run: Run, inputs: Inputs, direction: Float[Array, "..."]) -> 
     return _agreement(first, second, third)
 
 
+@np.errstate(invalid="ignore")  # where a run on the line diverges, NaN is what there is to say
 def probe(
     output: replay.Output, run: Run, inputs: Inputs, queries: Any, found: Metagradient, direction: Float[Array, "..."]
 ) -> Probe:
@@ -89,9 +90,23 @@ def probe(
 
 
 def removal(weights: Float[Array, "..."], fraction: float, key: Key[Array, ""]) -> Float[Array, "..."]:
-    """Return the direction v at whose double a random fraction of the weights is zero, and the others as they were."""
-    count = max(round(fraction * weights.size), 1)
-    chosen = jax.random.permutation(key, weights.size)[:count]
+    """Return the direction v at whose double a random fraction of the weights is zero, and the others as they were.
+
+    It is drawn among the weights that are not zero already.
+
+    Raises:
+        InvalidInputError: the fraction is not between 0 and 1, or all weights are zero.
+    """
+    present = np.flatnonzero(weights)
+    if not 0 < fraction <= 1 or len(present) == 0:
+        raise InvalidInputError(
+            f"a fraction of {fraction} of {len(present)} weights that are not zero",
+            expected="more than 0, at most 1, of one weight or more",
+            remedy="remove a few per cent of the examples: 0.05, say",
+        )
+    count = max(round(fraction * len(present)), 1)
+    drawn = np.asarray(jax.random.permutation(key, weights.size))
+    chosen = drawn[np.isin(drawn, present)][:count]
     dropped = jnp.zeros(weights.size, bool).at[chosen].set(True).reshape(weights.shape)
     return jnp.where(dropped, -weights / 2, 0)
 
@@ -191,6 +206,7 @@ def _trained(run: Run, inputs: Inputs, direction: Float[Array, "..."], steps: in
     return replay.train(run, inputs._replace(weights=inputs.weights + steps * direction))
 
 
+@np.errstate(invalid="ignore")
 def _agreement(first: Any, second: Any, third: Any) -> float:
     a, b, c = (
         np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(each)])
@@ -198,7 +214,7 @@ def _agreement(first: Any, second: Any, third: Any) -> float:
     )
     variation = np.abs(c - a)
     total = variation.sum()
-    return float(np.sum(np.sign(b - a) * np.sign(c - b) * variation) / total) if total > 0 else 0.0
+    return 0.0 if total == 0 else float(np.sum(np.sign(b - a) * np.sign(c - b) * variation) / total)
 
 
 def _kinks(jaxpr: Any, depends: list[bool]) -> Iterator[str]:

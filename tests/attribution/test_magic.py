@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jattrib.attribution import magic, smoothness
-from jattrib.core.errors import InvalidInputError, StoreError
+from jattrib.core.errors import DivergedError, InvalidInputError, StoreError
 from jattrib.data import masks as subset_masks
 from jattrib.data.synthetic import gaussian_classes
 from jattrib.metrics.lds import lds_fixed
@@ -142,6 +142,40 @@ def test_rough_training_is_told_with_its_cause(data, members, cause):
     assert smooth.metasmoothness > info.metasmoothness
     assert smooth.error < info.error
     assert smooth.growth < info.growth
+
+
+def test_a_run_that_diverges_on_the_line_is_rough(x64):
+    """Where the update is any longer or shorter than that of the run itself, it is infinite."""
+    output, run, inputs, queries = linear()
+    length = jnp.linalg.norm(replay.train(run, inputs)[0]["w"] - inputs.params["w"])
+
+    def narrow(updates, params):
+        del params
+        off = jnp.abs(jnp.linalg.norm(updates["w"]) - length)
+        return {"w": updates["w"] + jnp.where((off < 1e-10) | (updates["w"].size == 1), 0, jnp.inf)}
+
+    run = run._replace(optimizer=optax.chain(run.optimizer, optax.stateless(narrow)))
+    with pytest.warns(magic.RoughTrainingWarning, match="a metasmoothness of nan"):
+        scores, _ = magic.scores(output, run, inputs, queries, key=jax.random.key(0), progress=False)
+    np.testing.assert_allclose(scores, magic.scores(*linear(), progress=False)[0], rtol=1e-9)
+
+
+def test_only_what_has_a_weight_is_removed():
+    weights = jnp.asarray([0.0, 0.0, 3.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    for seed in range(5):
+        direction = smoothness.removal(weights, 0.5, jax.random.key(seed))
+        left = np.sort(weights + 2 * direction)[::-1]
+        assert list(left[:2]) in ([3.0, 0.0], [2.0, 0.0])
+    assert (weights + 2 * smoothness.removal(weights, 1.0, jax.random.key(0)) == 0).all()
+
+
+@pytest.mark.parametrize(("fraction", "weight"), [(0.0, 1.0), (5.0, 1.0), (float("nan"), 1.0), (0.1, 0.0)])
+def test_a_removal_of_nothing_is_refused_before_the_replay(data, monkeypatch, fraction, weight):
+    output, run, inputs, queries = case(group(), data)
+    monkeypatch.setattr(replay, "metagradient", lambda *arguments, **settings: pytest.fail("replayed"))
+    inputs = inputs._replace(weights=weight * inputs.weights)
+    with pytest.raises(InvalidInputError, match=f"a fraction of {fraction} of {round(weight * N)} weights"):
+        magic.scores(output, run, inputs, queries, key=jax.random.key(0), fraction=fraction)
 
 
 WARM = optax.linear_schedule(0.01, 0.1, 4)
@@ -287,6 +321,12 @@ def test_a_monitor_chooses_the_step(data):
     again = descent(data, optimizer=optax.sign_sgd(0.6), steps=found.step)
     np.testing.assert_array_equal(again.path[-1], found.weights)
     np.testing.assert_array_equal(again.path, found.path[: found.step + 1])
+
+
+def test_a_monitor_that_is_not_finite_is_an_error(data):
+    inputs, labels = jax.tree.map(lambda leaf: jnp.asarray(leaf[100:]), data[1])
+    with pytest.raises(DivergedError, match=r"the objective on the monitor is nan at the weights of step 0"):
+        descent(data, monitor=(inputs.at[3, 0].set(jnp.nan), labels))
 
 
 def test_descent_is_resumed_to_the_same_bits(data, tmp_path, monkeypatch):
