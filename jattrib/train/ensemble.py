@@ -89,7 +89,8 @@ def collect(
         label: what the progress display calls it.
 
     Raises:
-        InvalidInputError: masks, keys and data disagree, a mask is empty, or the strategy does not fit the mesh.
+        InvalidInputError: masks, keys and data disagree, a mask is empty or leaves the last batches of an epoch
+            empty, or the strategy does not fit the mesh.
         DivergedError: a loss is not finite.
         StoreError: `directory` cannot be written, belongs to another run, or is damaged.
         WorkerError: a process of the strategy `processes` was killed.
@@ -280,6 +281,14 @@ def _check(
             f"mask {at} includes {included[at]} examples",
             expected=f"from 1 to plan.size = {ensemble.plan.size} of them",
             remedy="drop empty masks, and set plan.size to the count of the largest mask",
+        )
+    at, plan = int(included.argmin()), ensemble.plan
+    if ensemble.removal == "skip" and included[at] <= (plan.steps_per_epoch - 1) * plan.batch_size:
+        raise InvalidInputError(
+            f"mask {at} includes {included[at]} examples, plan.size is {plan.size}",
+            expected=f"none that leaves whole batches of {plan.batch_size} empty at the end of an epoch: the optimiser "
+            "would take steps without examples",
+            remedy="train models of so few examples in an ensemble of their own, whose plan.size is their count",
         )
     _check_strategy(ensemble, mesh)
 

@@ -218,6 +218,17 @@ def test_masks_that_do_not_fit_are_refused(data, spoil, message):
         ensemble.train(small(), data, masks, keys)
 
 
+def test_masks_that_leave_whole_batches_empty_are_refused(data):
+    masks, keys = members(4)  # epochs of 8, 8 and 4 examples
+    masks[2, np.flatnonzero(masks[2])[:3]] = False
+    ensemble.train(small(), data, masks, keys)
+    masks[2, np.flatnonzero(masks[2])[:1]] = False
+    with pytest.raises(InvalidInputError, match=r"mask 2 includes 16 examples, plan.size is 20(?s:.*)of their own"):
+        ensemble.train(small(), data, masks, keys)
+    ensemble.train(small(plan=loop.Plan(2, 8, 16)), data, masks[2:3], keys[2:3])
+    ensemble.train(small(removal="zero_weight", plan=loop.Plan(2, 8, N)), data, masks, keys)
+
+
 def test_steps_take_no_mesh(data):
     with pytest.raises(InvalidInputError, match="strategy 'steps' on a mesh"):
         ensemble.train(small(strategy="steps"), data, *members(4), mesh=meshes.data_mesh())
