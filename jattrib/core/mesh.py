@@ -105,9 +105,8 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
         return jax.device_put(tree, sharding)
 
     def put(leaf: Any) -> jax.Array:
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            words = put(jax.random.key_data(leaf))
-            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+        if isinstance(leaf, jax.Array) and is_key(leaf):
+            return keyed(put(words(leaf)), leaf)
         value = fetch(jnp.asarray(leaf))
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
@@ -143,11 +142,29 @@ def spread(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
+def is_key(leaf: Any) -> bool:
+    """Return whether an array, or its abstract form, is of typed keys."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def words(leaf: Any) -> Any:
+    """Return an array, of typed keys their words, which NumPy and stores can hold."""
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
+
+
+def keyed(leaf: Any, like: Any) -> Any:
+    """Return words as typed keys again, of the implementation of `like`, if that is one of keys; it may be abstract."""
+    if not is_key(like):
+        return leaf
+    return jax.random.wrap_key_data(jnp.asarray(leaf), impl=jax.random.key_impl(jnp.empty((0,), like.dtype)))
+
+
 def fetch(array: Any) -> np.ndarray:
-    """Return the whole of an array on the host, on every process, wherever its parts are.
+    """Return the whole of an array on the host, on every process, wherever its parts are; of typed keys, their words.
 
     Where some parts belong to other processes this is a collective: every process must call it.
     """
+    array = words(array) if isinstance(array, jax.Array) else array
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         return np.asarray(array)
     if array.is_fully_replicated:

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore
 from jaxtyping import Bool, Integer, PyTree
 from numpy.typing import DTypeLike
 
-from jattrib.core import files, tree
+from jattrib.core import files, mesh, tree
 from jattrib.core.errors import InvalidInputError, StoreError
 from jattrib.core.files import read_json, write_json
 from jattrib.core.params import load_params, save_params
@@ -31,9 +32,11 @@ RowArrays = Mapping[str, tuple[Sequence[int], DTypeLike]]
 def row_arrays(batch: PyTree) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Return, by path, what one row of each leaf of a batch is: the `arrays` of a store for such batches.
 
-    `batch` may be abstract (`jax.eval_shape`).
+    `batch` may be abstract (`jax.eval_shape`), and of typed keys a store has the words, as `mesh.fetch` returns them.
     """
-    named = tree.to_names(batch)
+    named = tree.to_names(
+        jax.tree.map(lambda leaf: jax.eval_shape(mesh.words, leaf) if mesh.is_key(leaf) else leaf, batch)
+    )
     return {name: (tuple(leaf.shape[1:]), np.dtype(leaf.dtype)) for name, leaf in named.items()}
 
 

@@ -145,7 +145,7 @@ def _step_by_step(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"
 
 
 def _stack(rows: Iterable[Rows]) -> Rows:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    return jax.tree.map(lambda *leaves: np.stack([*map(meshes.fetch, leaves)]), *rows)
 
 
 class _Start(NamedTuple):
@@ -187,7 +187,7 @@ train_on_one_core = jax.jit(_train_member, static_argnums=0, compiler_options=ON
 
 
 def _train_by_words(ensemble: Ensemble, operand: Operand, mask: Bool[Array, " n"], words: UInt32[Array, " k"]) -> Rows:
-    return _train_member(ensemble, operand, mask, jax.random.wrap_key_data(words))
+    return jax.tree.map(meshes.words, _train_member(ensemble, operand, mask, jax.random.wrap_key_data(words)))
 
 
 def _finish(outputs: Callable[[loop.Trained], PyTree], trained: loop.Trained) -> Rows:

@@ -119,7 +119,7 @@ def collect(
         )  # fmt: skip
     if into is not None:
         found = tree.from_names(like, {name: into.array(name) for name in tree.to_names(like)})
-    return found["outputs"]
+    return jax.tree.map(meshes.keyed, found["outputs"], like["outputs"])
 
 
 def choose(

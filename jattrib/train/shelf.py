@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -44,7 +43,7 @@ class Shelf(NamedTuple):
 
     def place(self, kept: PyTree, like: PyTree) -> PyTree:
         """Return what `to_host` made, on the devices, words as keys again where `like` has them."""
-        return meshes.replicate(jax.tree.map(_restore, kept, like), self.mesh)
+        return meshes.replicate(jax.tree.map(meshes.keyed, kept, like), self.mesh)
 
     def stored(self) -> list[int]:
         """Return which carries are on disk."""
@@ -68,7 +67,7 @@ class Shelf(NamedTuple):
             StoreError: it is damaged, or belongs to another run.
         """
         assert self.directory is not None
-        words = jax.eval_shape(lambda tree: jax.tree.map(_words, tree), like)
+        words = jax.eval_shape(lambda tree: jax.tree.map(meshes.words, tree), like)
         return params.load_params(self.directory / name, words, self.identity)
 
     def clear(self) -> None:
@@ -84,16 +83,4 @@ class Shelf(NamedTuple):
 
 def to_host(value: PyTree) -> PyTree:
     """Return a pytree as NumPy arrays, typed keys as their words."""
-    return jax.tree.map(lambda leaf: meshes.fetch(_words(leaf)), value)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _words(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _restore(leaf: Any, like: Any) -> Any:
-    return jax.random.wrap_key_data(jnp.asarray(leaf), impl=jax.random.key_impl(like)) if _is_key(like) else leaf
+    return jax.tree.map(meshes.fetch, value)

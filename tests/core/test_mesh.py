@@ -17,6 +17,20 @@ def test_the_axis_is_auto_and_takes_all_devices():
     assert meshes.width(None) == 1
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_keys_are_fetched_as_words_and_are_keys_again(impl):
+    keys = jax.random.split(jax.random.key(3, impl=impl), 8)
+    for placed in (keys, jax.device_put(keys, meshes.rows(meshes.data_mesh()))):
+        found = meshes.fetch(placed)
+        assert isinstance(found, np.ndarray)
+        np.testing.assert_array_equal(found, jax.random.key_data(keys))
+        for like in (keys, jax.eval_shape(lambda: keys)):
+            again = meshes.keyed(found, like)
+            assert jax.random.key_impl(again) == impl
+            assert (again == keys).all()
+    assert meshes.keyed(keys.shape, jnp.ones(8)) == (8,)
+
+
 def test_rows_are_spread_and_fetched_whole():
     mesh = meshes.data_mesh()
     batch = {"x": np.arange(32, dtype=np.float32).reshape(16, 2), "y": np.arange(16, dtype=np.int32)}

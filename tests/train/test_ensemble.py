@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from jattrib.core import mesh as meshes
-from jattrib.core import stream
+from jattrib.core import stream, tree
 from jattrib.core.errors import DivergedError, InvalidInputError, StoreError
 from jattrib.data import masks as subset_masks
 from jattrib.data.synthetic import gaussian_classes
-from jattrib.models.adapt import from_function
+from jattrib.models.adapt import from_function, from_nnx
 from jattrib.models.mlp import mlp
 from jattrib.models.resnet import resnet9
-from jattrib.train import ensemble, loop
+from jattrib.train import ensemble, loop, recall
 
 N = 40
 
@@ -259,6 +260,33 @@ def test_batch_statistics_are_members_own():
     for number in range(2):
         expected = alone(group, (images, labels), masks[number], keys[number])
         assert_close(jax.tree.map(lambda leaf, i=number: leaf[i], trained), expected, rtol=1e-3)
+
+
+class Dropping(nnx.Module):
+    """A linear model of features that are dropped at random, by a generator in its state."""
+
+    def __init__(self, rngs):
+        self.drop, self.last = nnx.Dropout(0.4, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.drop(x))
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "map", "threads", "processes", "steps"])
+def test_random_generators_in_the_state_are_members_own(data, tmp_path, strategy):
+    group = small(model=from_nnx(Dropping), strategy=strategy, width=2)
+    masks, keys = members(3)
+    trained = ensemble.train(group, data, masks, keys, directory=tmp_path / "models")
+    for number in range(3):
+        expected = alone(group, data, masks[number], keys[number])
+        found = jax.tree.map(lambda leaf, i=number: leaf[i], trained)
+        assert_close(found.params, expected.params)
+        for key, other in zip(jax.tree.leaves(found.state), jax.tree.leaves(expected.state), strict=True):
+            assert key.dtype == other.dtype
+            assert (key == other).all()
+    assert any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(trained.state))
+    again = recall.again(tmp_path / "models", group, data, jax.random.key(2), masks, 1, 0)
+    assert tree.digest(again) == tree.digest(jax.tree.map(lambda leaf: leaf[1], trained))
 
 
 def test_trained_models_know_their_data():
