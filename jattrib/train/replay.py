@@ -214,8 +214,8 @@ def metagradient(
         progress: whether to show it.
 
     Raises:
-        InvalidInputError: weights, data and order disagree, a hyper-parameter is no floating-point array, there are no
-            queries, or the mesh does not divide the batch.
+        InvalidInputError: weights, data and order disagree, a hyper-parameter is no floating-point array, the model or
+            the optimiser holds complex numbers, there are no queries, or the mesh does not divide the batch.
         DivergedError: an output or a derivative is not finite.
         StoreError: `directory` cannot be written, belongs to another run, or is damaged.
 
@@ -223,6 +223,7 @@ def metagradient(
     checkpoints.
     """
     inputs = _checked(run, inputs)
+    _check_real(run, inputs)
     plan = cuts.cut(run.order, queries, segment, block, mesh)
     shelf = Shelf(checkpoints, directory, mesh)
     if directory is not None:
@@ -357,6 +358,20 @@ def _checked(run: Run, inputs: Inputs) -> Inputs:
             )
     arrays = jax.tree.map(jnp.asarray, (inputs.weights, inputs.params, inputs.hyper))
     return Inputs(arrays[0], arrays[1], inputs.state, arrays[2])
+
+
+def _check_real(run: Run, inputs: Inputs) -> None:
+    """Refuse a carry of complex numbers, which would be taken for constants."""
+    begin = partial(pullback.begin, pullback.Program(run.loss, run.optimizer))
+    start = jax.eval_shape(begin, inputs.params, inputs.state, inputs.hyper)
+    for part, carried in zip(("parameters", "model state", "optimiser's moments"), start, strict=True):
+        for name, leaf in tree.to_names(carried).items():
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                raise InvalidInputError(
+                    f"the {part} at {name!r} of dtype {leaf.dtype}",
+                    expected="real numbers, by which there is a derivative",
+                    remedy="hold real and imaginary parts in arrays of their own, and put them together in the model",
+                )
 
 
 def _check_finite(found: Metagradient, plan: Cut) -> None:

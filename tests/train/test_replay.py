@@ -464,6 +464,23 @@ def test_what_does_not_fit_is_refused(spoil, settings, message):
         replayed(spoil(problem(dtype=jnp.float32)), **settings)
 
 
+@pytest.mark.parametrize("part", ["parameters", "model state", "optimiser's moments"])
+def test_complex_numbers_are_refused(part):
+    case = problem(dtype=jnp.float32)
+    number = {"z": jnp.ones(2, jnp.complex64)}
+    if part == "parameters":
+        case = case._replace(inputs=case.inputs._replace(params={**case.inputs.params, **number}))
+    if part == "model state":
+        case = case._replace(inputs=case.inputs._replace(state=number))
+    if part == "optimiser's moments":
+        keeps = optax.GradientTransformation(lambda params: number, lambda updates, kept, params=None: (updates, kept))
+        case = case._replace(run=case.run._replace(optimizer=optax.chain(case.run.optimizer, keeps)))
+    with pytest.raises(
+        InvalidInputError, match=f"the {part} at .*z' of dtype complex64(?s:.*)real and imaginary parts"
+    ):
+        replayed(case)
+
+
 def long_run(case, steps):
     order = jax.tree.map(lambda leaf: jnp.resize(leaf, (steps, *leaf.shape[1:])), case.run.order)
     return case._replace(run=case.run._replace(order=order))
