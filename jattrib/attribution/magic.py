@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -302,6 +302,12 @@ def _weights(raw: Float[Array, " n"], parametrisation: Parametrisation) -> Float
 
 
 def _raw(weights: Float[Array, "..."], parametrisation: Parametrisation) -> Float[Array, " n"]:
+    if parametrisation not in get_args(Parametrisation):
+        raise InvalidInputError(
+            f"parametrisation = {parametrisation!r}",
+            expected=f"one of {', '.join(get_args(Parametrisation))}",
+            remedy="leave it out to have weights cut off at zero",
+        )
     lowest = weights.min() if weights.ndim == 1 else jnp.asarray(jnp.nan)
     if not (lowest >= 0 if parametrisation == "clip" else lowest > 0):
         raise InvalidInputError(

@@ -31,6 +31,9 @@ the same in a process a core, a tenth faster, but a few seconds to start.  `step
 for programs that the compiler makes slow inside a loop (convolutions on the CPU).  The last three take no mesh.
 """
 
+Removal = Literal["skip", "zero_weight"]
+"""How a member is kept from what its mask leaves out (see `Ensemble`)."""
+
 CALLS: tuple[Strategy, ...] = ("threads", "processes", "steps")
 """The strategies that are Python around compiled programs, not a program."""
 
@@ -56,7 +59,7 @@ class Ensemble(NamedTuple):
     model: Model
     optimizer: optax.GradientTransformation
     plan: loop.Plan
-    removal: Literal["skip", "zero_weight"] = "skip"
+    removal: Removal = "skip"
     strategy: Strategy = "vmap"
     width: int | None = None
 

@@ -91,7 +91,7 @@ def collect(
     Raises:
         InvalidInputError: masks, keys and data disagree, a mask is empty or leaves the last batches of an epoch
             empty, or the strategy does not fit the mesh.
-        DivergedError: a loss is not finite.
+        DivergedError: a loss or an output is not finite.
         StoreError: `directory` cannot be written, belongs to another run, or is damaged.
         WorkerError: a process of the strategy `processes` was killed.
     """
@@ -169,10 +169,12 @@ def fit(
         capacity: bytes of a device; when left out, nine tenths of what it has.
 
     Raises:
-        InvalidInputError: not even one model a device fits, the strategy does not fit the mesh, or a described
-            device's memory is unknown.
+        InvalidInputError: there are no models, not even one a device fits, the strategy does not fit the mesh, or a
+            described device's memory is unknown.
     """
     _check_strategy(ensemble, mesh)
+    if count < 1:
+        raise InvalidInputError(f"count = {count} models", expected="at least 1", remedy="ask for as many as there are")
     devices = meshes.width(mesh)
     capacity = capacity or fits.capacity(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
     held = partial(_memory, outputs, ensemble, data, mesh)
@@ -266,6 +268,11 @@ def _check(
     keys: Key[Array, " m"],
     mesh: jax.sharding.Mesh | None,
 ) -> None:
+    if np.ndim(masks) != 2:
+        raise InvalidInputError(
+            f"masks of shape {np.shape(masks)}", expected="a row of all examples for each model",
+            remedy="of a single model, pass mask[None] and its key as keys[None]",
+        )  # fmt: skip
     loop.check_plan(ensemble.plan, masks.shape[1])
     lengths = {leaf.shape[0] for leaf in jax.tree.leaves(data)}
     if lengths != {masks.shape[1]} or len(keys) != len(masks) or len(masks) == 0:
@@ -294,6 +301,14 @@ def _check(
 
 
 def _check_strategy(ensemble: Ensemble, mesh: jax.sharding.Mesh | None) -> None:
+    for name, value, known in (
+        ("strategy", ensemble.strategy, get_args(Strategy)),
+        ("removal", ensemble.removal, get_args(chunk.Removal)),
+    ):
+        if value not in known:
+            raise InvalidInputError(
+                f"{name} = {value!r}", expected=f"one of {', '.join(known)}", remedy=f"correct the ensemble's {name}"
+            )
     if mesh is not None and ensemble.strategy in chunk.CALLS:
         raise InvalidInputError(
             f"strategy {ensemble.strategy!r} on a mesh", expected="'vmap' or 'map'",
@@ -326,3 +341,11 @@ def _check_finite(start: int, rows: dict[str, PyTree]) -> None:
             expected="finite losses",
             remedy="lower the learning rate, lengthen its warm-up, or check the inputs for extreme values",
         )
+    for name, leaf in tree.to_names(rows["outputs"]).items():
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(leaf).all():
+            model = int(np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1).argmin())
+            raise DivergedError(
+                f"the output {name!r} of model {start + model} is not finite, its losses are",
+                expected="finite outputs",
+                remedy="lower the learning rate of the last steps, or check the queries for extreme values",
+            )

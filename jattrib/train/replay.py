@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +109,8 @@ def scaled(optimizer: optax.GradientTransformation) -> Callable[[Any], optax.Gra
 
     m is one number for the whole run, or a vector of one a step.  It multiplies the learning rate wherever this is the
     last factor of an update, as in optax's SGD, Adam and AdamW; at m = 1 its derivative is that of the schedule.
+
+    `train` and `metagradient` raise InvalidInputError if m is a vector of fewer than the run's steps.
     """
     return _Scaled(optimizer)
 
@@ -160,7 +162,7 @@ def train(run: Run, inputs: Inputs) -> tuple[Params, Any]:
     """Return the parameters and the model state that the run ends with.
 
     Raises:
-        InvalidInputError: weights, data and order disagree, or a hyper-parameter is no floating-point array.
+        InvalidInputError: weights, data and order disagree, or they or a hyper-parameter are no floating-point arrays.
     """
     return _train(pullback.Program(run.loss, run.optimizer), run.data, run.order, _checked(run, inputs))
 
@@ -214,14 +216,21 @@ def metagradient(
         progress: whether to show it.
 
     Raises:
-        InvalidInputError: weights, data and order disagree, a hyper-parameter is no floating-point array, the model or
-            the optimiser holds complex numbers, there are no queries, or the mesh does not divide the batch.
+        InvalidInputError: weights, data and order disagree, they or a hyper-parameter are no floating-point arrays,
+            the model or the optimiser holds complex numbers, `checkpoints` is none of those, there are no queries, or
+            the mesh does not divide the batch.
         DivergedError: an output or a derivative is not finite.
         StoreError: `directory` cannot be written, belongs to another run, or is damaged.
 
     Source: Engstrom et al. 2025, section 2 (REPLAY), which replays the run once an output, on a k-ary tree of
     checkpoints.
     """
+    if checkpoints not in get_args(Checkpoints):
+        raise InvalidInputError(
+            f"checkpoints = {checkpoints!r}",
+            expected=f"one of {', '.join(get_args(Checkpoints))}",
+            remedy="to keep them on disk, pass a directory",
+        )
     inputs = _checked(run, inputs)
     _check_real(run, inputs)
     plan = cuts.cut(run.order, queries, segment, block, mesh)
@@ -356,6 +365,19 @@ def _checked(run: Run, inputs: Inputs) -> Inputs:
                 expected="floating-point numbers, which have a derivative",
                 remedy="leave others out of `hyper`: bind them in the optimiser",
             )
+    if not jnp.issubdtype(jnp.result_type(inputs.weights), jnp.floating):
+        raise InvalidInputError(
+            f"weights of dtype {jnp.result_type(inputs.weights)}",
+            expected="floating-point numbers, which have a derivative",
+            remedy="pass jnp.ones(n), or weights.astype(jnp.float32)",
+        )
+    steps = run.order.indices.shape[0]
+    if isinstance(run.optimizer, _Scaled) and np.ndim(inputs.hyper) and len(inputs.hyper) < steps:
+        raise InvalidInputError(
+            f"{len(inputs.hyper)} multipliers of the updates of {steps} steps",
+            expected="one number, or a vector of one a step",
+            remedy=f"pass jnp.ones({steps}) as the hyper-parameter",
+        )
     arrays = jax.tree.map(jnp.asarray, (inputs.weights, inputs.params, inputs.hyper))
     return Inputs(arrays[0], arrays[1], inputs.state, arrays[2])
 
@@ -375,9 +397,11 @@ def _check_real(run: Run, inputs: Inputs) -> None:
 
 
 def _check_finite(found: Metagradient, plan: Cut) -> None:
-    if not np.isfinite(found.values).all():
+    finite = np.isfinite(found.values)
+    if not finite.all():
+        at = int(finite.argmin())
         raise DivergedError(
-            f"the output of query {int(np.argmin(np.isfinite(found.values)))} is {np.min(found.values)} after training",
+            f"the output of query {at} is {float(found.values[at])} after training",
             expected="finite outputs",
             remedy="lower the learning rate, lengthen its warm-up, or check the inputs for extreme values",
         )

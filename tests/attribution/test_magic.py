@@ -374,6 +374,11 @@ def test_weights_that_descent_cannot_begin_at_are_refused(data, weights, paramet
         )  # fmt: skip
 
 
+def test_a_parametrisation_that_does_not_exist_is_refused(data, shapes_unchecked):
+    with pytest.raises(InvalidInputError, match=r"parametrisation = 'Softplus'(?s:.*)clip, softplus"):
+        descent(data, parametrisation="Softplus")
+
+
 def test_a_member_must_see_all_of_the_data(data):
     with pytest.raises(InvalidInputError, match=r"plan.size = 50, data of \[60\] examples"):
         replay.member(group(plan=loop.Plan(1, 10, 50)), data[0], jax.random.key(0))

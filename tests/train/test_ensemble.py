@@ -235,6 +235,35 @@ def test_steps_take_no_mesh(data):
         ensemble.train(small(strategy="steps"), data, *members(4), mesh=meshes.data_mesh())
 
 
+@pytest.mark.parametrize(
+    ("change", "spoil", "message"),
+    [
+        ({"removal": "zero-weight"}, lambda m, k: (m, k), "removal = 'zero-weight'(?s:.*)skip, zero_weight"),
+        ({"strategy": "pmap"}, lambda m, k: (m, k), "strategy = 'pmap'(?s:.*)vmap, map, threads"),
+        ({}, lambda m, k: (m[0], k), r"masks of shape \(40,\)"),
+    ],
+)
+def test_what_shapes_do_not_tell_is_refused_in_words(data, shapes_unchecked, change, spoil, message):
+    with pytest.raises(InvalidInputError, match=message):
+        ensemble.train(small(**change), data, *spoil(*members(4)))
+
+
+def test_no_models_fit_nothing(data):
+    with pytest.raises(InvalidInputError, match="count = 0 models"):
+        ensemble.fit(ensemble.whole, small(), data, 0)
+
+
+def test_an_output_that_is_not_finite_is_an_error(data):
+    masks, keys = members(6)
+    kernels = ensemble.train(small(), data, masks, keys).params["layers"]["0"]["kernel"][:, 0, 0]
+
+    def root(third, trained):
+        return {"root": jnp.sqrt(jnp.where(trained.params["layers"]["0"]["kernel"][0, 0] == third, -1.0, 1.0))}
+
+    with pytest.raises(DivergedError, match=r"the output 'root' of model 3 is not finite"):
+        ensemble.collect(jax.tree_util.Partial(root, jnp.asarray(kernels[3])), small(), data, masks, keys)
+
+
 @pytest.mark.slow
 def test_choose_measures_every_strategy(data):
     seconds = ensemble.choose(small(), data, *members(4))

@@ -464,6 +464,32 @@ def test_what_does_not_fit_is_refused(spoil, settings, message):
         replayed(spoil(problem(dtype=jnp.float32)), **settings)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "settings", "message"),
+    [
+        (lambda c: c._replace(inputs=c.inputs._replace(weights=jnp.ones(N, int))), {}, "weights of dtype int32"),
+        (lambda c: c, {"checkpoints": "disk"}, "checkpoints = 'disk'(?s:.*)device, host, recompute"),
+        (
+            lambda c: c._replace(
+                run=c.run._replace(optimizer=replay.scaled(SGD)), inputs=c.inputs._replace(hyper=jnp.ones(STEPS - 1))
+            ),
+            {},
+            f"{STEPS - 1} multipliers of the updates of {STEPS} steps",
+        ),
+    ],
+)
+def test_what_shapes_do_not_tell_is_refused_in_words(shapes_unchecked, spoil, settings, message):
+    with pytest.raises(InvalidInputError, match=message):
+        replayed(spoil(problem(dtype=jnp.float32)), **settings)
+
+
+def test_the_output_that_is_not_finite_is_named():
+    case = problem(dtype=jnp.float32)
+    case = case._replace(output=lambda state: lambda params, query: jnp.where(query == 2.0, jnp.inf, 1.0))
+    with pytest.raises(DivergedError, match=r"the output of query 1 is inf after training"):
+        replayed(case._replace(queries=jnp.asarray([1.0, 2.0, 3.0])))
+
+
 @pytest.mark.parametrize("part", ["parameters", "model state", "optimiser's moments"])
 def test_complex_numbers_are_refused(part):
     case = problem(dtype=jnp.float32)
