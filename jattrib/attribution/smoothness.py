@@ -227,16 +227,27 @@ def _kinks(jaxpr: Any, depends: list[bool]) -> Iterator[str]:
             continue
         varying.update(equation.outvars)
         name = _name(equation)
-        inside = equation.params.get("jaxpr")
         if equation.primitive.name == "select_n":
             if inputs[0]:  # the condition
                 yield "where"
         elif name in KINKED:
             if jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating):
                 yield name.replace("reduce_window_max", "max_pool")
-        elif inside is not None:
-            inner = getattr(inside, "jaxpr", inside)
-            yield from _kinks(inner, inputs if len(inputs) == len(inner.invars) else [True] * len(inner.invars))
+        else:
+            for inner, held in _inside(equation, inputs):
+                yield from _kinks(inner, held if len(held) == len(inner.invars) else [True] * len(inner.invars))
+
+
+def _inside(equation: Any, inputs: list[bool]) -> list[tuple[Any, list[bool]]]:
+    """Return the programs that an equation runs on what it is given, and which of their inputs vary."""
+    given = equation.params
+    if equation.primitive.name == "cond":  # the first input chooses the branch
+        return [(branch.jaxpr, inputs[1:]) for branch in given["branches"]]
+    if equation.primitive.name == "while":  # the condition's constants, the body's, and what goes around
+        start, stop = given["cond_nconsts"], given["cond_nconsts"] + given["body_nconsts"]
+        return [(given["body_jaxpr"].jaxpr, inputs[start:stop] + [True] * len(inputs[stop:]))]
+    inside = given.get("jaxpr")
+    return [] if inside is None else [(getattr(inside, "jaxpr", inside), inputs)]
 
 
 def _name(equation: Any) -> str:

@@ -48,6 +48,7 @@ class Workers:
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(self._count)
         self._result: Any = None
+        self._started = False
 
     def __enter__(self) -> "Workers":
         return self
@@ -65,7 +66,7 @@ class Workers:
         Raises:
             WorkerError: a process has ended.
         """
-        if not self._processes:
+        if not self._started:
             self._start()
         for leaves in self._threads.map(self._ask, rows):
             yield jax.tree.unflatten(self._result, leaves)
@@ -80,10 +81,15 @@ class Workers:
             "JAX_ENABLE_X64": str(jax.config.read("jax_enable_x64")),
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
-        self._processes = [  # in groups of their own: an interrupt from the keyboard is for the parent alone
-            subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
-            for _ in range(self._count)
-        ]
+        self._processes = (
+            self._processes
+            or [  # in groups of their own: an interrupt from the keyboard is for the parent alone
+                subprocess.Popen(
+                    command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+                )
+                for _ in range(self._count)
+            ]
+        )
         leaves, structure = jax.tree.flatten(self._operand)
         operand = [np.asarray(leaf) for leaf in leaves]
 
@@ -93,9 +99,10 @@ class Workers:
 
         exported = export.export(jax.jit(run), platforms=["cpu"])(operand, self._like)
         message = bytes(exported.serialize()), operand
+        self._started = True
         for process in self._processes:
-            _send(process, message)
             self._idle.put(process)
+            _send(process, message)
 
     def _ask(self, row: tuple[np.ndarray, ...]) -> list[np.ndarray]:
         process = self._idle.get()

@@ -223,6 +223,14 @@ def test_weights_of_draws_are_refused(data):
         (lambda p, x: jnp.clip(jnp.abs(x @ p), 0, 1), ("abs", "clip")),
         (lambda p, x: (x @ p) * jnp.max(p), ("reduce_max",)),
         (lambda p, x: jax.lax.map(lambda row: jax.nn.relu(row @ p), x), ("relu",)),
+        (lambda p, x: jax.lax.cond(x.sum() > 0, jax.nn.relu, lambda z: jnp.abs(z), x @ p), ("abs", "relu")),
+        (lambda p, x: jax.lax.cond(x.sum() > 0, jnp.tanh, lambda z: z * jnp.abs(x[:, :3]), x @ p), ()),
+        (
+            lambda p, x: jax.lax.while_loop(
+                lambda at: at[1].sum() < 9, lambda at: (jax.nn.relu(at[0]) * p[:1], at[1] + 1), (x[:, :3], x)
+            )[0],
+            ("relu",),
+        ),
     ],
 )
 def test_kinks_are_found_where_parameters_go_through_them(forward, expected):

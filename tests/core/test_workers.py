@@ -57,6 +57,21 @@ def test_rows_are_computed_in_order_by_processes_that_end_with_the_block(operand
         np.testing.assert_allclose(each["sum"], row.sum(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_program_that_cannot_be_traced_raises_each_time(operand):
+    raised = []
+
+    def untraceable(operand, row):
+        raised.append(1)
+        raise ArithmeticError("no such program")
+
+    with Workers(untraceable, operand, LIKE, count=1) as workers:
+        for _ in range(2):
+            with pytest.raises(ArithmeticError, match="no such program"):
+                next(workers.map([(np.ones(3, np.float32),)]))
+        assert len(workers._processes) == 1
+    assert len(raised) == 2
+
+
 def test_double_precision_stays(x64):
     rows = np.random.default_rng(1).normal(size=(2, 3))
     matrix = {"matrix": jnp.asarray(np.random.default_rng(2).normal(size=(2, 3)))}
