@@ -81,15 +81,11 @@ class Workers:
             "JAX_ENABLE_X64": str(jax.config.read("jax_enable_x64")),
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
-        self._processes = (
-            self._processes
-            or [  # in groups of their own: an interrupt from the keyboard is for the parent alone
-                subprocess.Popen(
-                    command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
-                )
-                for _ in range(self._count)
-            ]
-        )
+        pipe = subprocess.PIPE
+        while len(self._processes) < self._count:
+            # In groups of their own: an interrupt from the keyboard is for the parent alone.
+            started = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, process_group=0)
+            self._processes.append(started)
         leaves, structure = jax.tree.flatten(self._operand)
         operand = [np.asarray(leaf) for leaf in leaves]
 

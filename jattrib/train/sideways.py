@@ -109,8 +109,9 @@ def _told(closed: Any) -> list[Any]:
     jaxpr, numbers = getattr(closed, "jaxpr", closed), {}
 
     def variable(var: Any) -> tuple[Any, ...]:
+        kind = var.aval
         name = repr(var.val) if isinstance(var, Literal) else numbers.setdefault(var, len(numbers))
-        return name, str(var.aval.dtype), var.aval.weak_type, sorted(var.aval.shape)
+        return name, str(kind.dtype), kind.weak_type, sorted(kind.shape)
 
     def setting(name: str, value: Any) -> Any:
         if isinstance(value, tuple):
