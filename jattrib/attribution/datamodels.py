@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Num
 
 from jattrib.attribution import surrogate
+from jattrib.attribution.design import varies
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Fold
 from jattrib.metrics import lds
@@ -135,6 +136,7 @@ def _explained(outputs: np.ndarray, errors: np.ndarray, held_out: np.ndarray | N
         variance = values.var(axis=0) * (count / (count - 1)) ** 2  # the mean, too, without the row itself
     else:
         variance = np.square(values[held_out] - values[~held_out].mean(axis=0)).mean(axis=0)
+    variance = np.where(varies(values), variance, 0)
     return np.where(variance > 0, 1 - errors / np.where(variance > 0, variance, 1), np.nan)
 
 

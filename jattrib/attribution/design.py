@@ -45,11 +45,22 @@ def make_design(masks: np.ndarray, kept: HeldOut, weights: Weights | None, *, st
 
 
 def centred(design: Design, outputs: np.ndarray) -> tuple[Float[Array, "t m"], Float[np.ndarray, " t"]]:
-    """Return the fitted rows' outputs, centred and weighted as they are, and the means."""
+    """Return the fitted rows' outputs, centred and weighted as they are, and the means.
+
+    A target that does not vary is 0, and not the rounding of its mean.
+    """
     weights = design.weights[design.kept]
     values = np.asarray(outputs[design.kept], np.float64)
     means = weights @ values / len(weights)
-    return jnp.asarray(((values - means) * np.sqrt(weights)[:, None]).T, design.rows.dtype), means
+    moved = np.where(varies(values[weights > 0]), values - means, 0)
+    return jnp.asarray((moved * np.sqrt(weights)[:, None]).T, design.rows.dtype), means
+
+
+def varies(values: Num[np.ndarray, "m c"] | Bool[np.ndarray, "m c"]) -> Bool[np.ndarray, " c"]:
+    """Return which columns vary by more than the mean of equal numbers may differ from them, by rounding."""
+    low, high = (np.asarray(each, np.float64) for each in (values.min(axis=0), values.max(axis=0)))
+    rounding = len(values) * np.finfo(np.float64).eps
+    return high - low > rounding * np.maximum(np.abs(low), np.abs(high))
 
 
 def natural(

@@ -89,7 +89,8 @@ class Info(NamedTuple):
     Attributes:
         chosen: the place on the path of each target's penalty.
         penalties: that penalty λ, in the objective's units.
-        gap: the duality gap of the coefficients returned, divided by the objective of zero weights, `½ ‖y − ȳ‖²`.
+        gap: the duality gap of the coefficients returned, divided by the objective of zero weights, `½ ‖y − ȳ‖²`; 0
+            where no column, or no output that chose λ, varies on the rows fitted: λ is then 0, and so are the weights.
         lambdas: the penalties.
         gaps: the gap at each, on the rows fitted; NaN where a target did not go so far.
         products: how many products with the masks each target took to get there.
@@ -336,6 +337,7 @@ def _fit(
             held_out = (outputs[~design.kept][:, at] - means) * others
             correlation = jnp.matmul(targets, design.rows, precision="highest")
             steps = _steps(np.asarray(correlation) / count, path) if restart is None else restart.penalties[at][:, None]
+            targets, correlation = (jnp.where(steps[:, :1] == 0, 0, each) for each in (targets, correlation))
             begin = jnp.zeros_like(correlation) if restart is None else jnp.asarray(restart.coefficients[at])
             energy = jnp.sum(targets * targets, axis=1)
             kind = targets.dtype

@@ -103,6 +103,17 @@ def test_held_out_fit_is_one_minus_error_over_variance(models, x64):
     np.testing.assert_allclose(datamodels._explained(outputs, info.errors[0], held_out), 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [-0.32, 1.14, -0.69])
+def test_a_query_that_does_not_vary_has_no_held_out_fit(models, value):
+    masks, outputs, _ = models
+    flat = np.stack([outputs[:, 0], np.full(200, value)], axis=1)
+    held_out = surrogate.hold_out(jax.random.key(1), 200)
+    for settings in ({"regression": "ridge"}, {"regression": "ridge", "held_out": held_out}, {"held_out": held_out}):
+        found = datamodels.estimate(masks, flat, progress=False, **settings)
+        np.testing.assert_array_equal(np.isnan(found.held_out), [False, True])
+        np.testing.assert_array_equal(found.scores[:, 1], 0)
+
+
 def test_logits_have_scores_of_every_class(models):
     masks, outputs, _ = models
     logits = np.stack([outputs, -outputs, 2 * outputs], axis=2)

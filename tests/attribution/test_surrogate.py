@@ -281,6 +281,45 @@ def test_a_target_that_is_constant_has_no_weights(problem):
     assert info.gap[1] == 0
 
 
+@pytest.mark.parametrize("value", [-0.32, 1 / 3])
+def test_the_rounding_of_a_constant_is_no_target(problem, value):
+    """Few constants are the mean of so many in float64: what is left of 1e-17 has no λ at which it converges."""
+    masks, outputs = problem
+    held_out = surrogate.hold_out(jax.random.key(3), 90)
+    settings = {"held_out": held_out, "weights": np.random.default_rng(1).uniform(0.1, 3, 90), "progress": False}
+    path = Path(ratio=0.1, count=5)
+    flat = np.stack([outputs[:, 0], np.full(90, value)], axis=1)
+    found, info = surrogate.lasso(masks, flat, path=path, **settings)
+    np.testing.assert_array_equal(found.coefficients[:, 1], 0)
+    assert found.intercepts[1] == pytest.approx(value)
+    np.testing.assert_array_equal(info.gap[1], 0)
+    alone, _ = surrogate.lasso(masks, outputs[:, :1], path=path, **settings)
+    np.testing.assert_allclose(found.coefficients[:, 0], alone.coefficients[:, 0], atol=1e-3)
+    np.testing.assert_array_equal(surrogate.ridge(masks, flat)[0].coefficients[:, 1], 0)
+
+
+def test_what_varies_on_held_out_rows_alone_has_no_weights(problem):
+    """λ_max is 0 there, and with it every λ of the path: no refit is asked of what none can converge at."""
+    masks, outputs = problem
+    held_out = surrogate.hold_out(jax.random.key(3), 90)
+    rare = np.where(np.arange(90) == np.flatnonzero(held_out)[0], 9.0, 0.0)
+    found, info = surrogate.lasso(
+        masks, np.stack([outputs[:, 0], rare], axis=1), held_out=held_out, path=Path(count=4), progress=False
+    )
+    np.testing.assert_array_equal(found.coefficients[:, 1], 0)
+    assert found.intercepts[1] == pytest.approx(0.1)
+    np.testing.assert_allclose(info.errors[:, 1], 9)
+    assert np.abs(found.coefficients[:, 0]).max() > 0.1
+
+
+def test_masks_that_do_not_vary_have_no_weights(problem):
+    outputs = problem[1]
+    found, info = surrogate.lasso(np.ones((90, 3)), outputs, progress=False)
+    np.testing.assert_array_equal(found.coefficients, 0)
+    np.testing.assert_allclose(found.intercepts, outputs.mean(axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(info.gap, 0)
+
+
 def test_the_gap_is_between_primal_and_dual(x64):
     """`relative_gap` against the two objectives written out, at a point that is not optimal."""
     rng = np.random.default_rng(5)
