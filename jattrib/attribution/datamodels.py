@@ -153,7 +153,7 @@ def difference(
         chunk: models at a time.
 
     Raises:
-        InvalidInputError: masks and outputs are of different numbers of models.
+        InvalidInputError: masks and outputs are of different numbers of models, or an output is not finite.
     """
     from jattrib.core import stream
 
@@ -163,6 +163,13 @@ def difference(
             f"{len(masks)} masks and outputs of {len(outputs)} models",
             expected="a mask a model, of two models or more",
             remedy="transpose outputs that are [query, model]",
+        )
+    bad = np.argwhere(~np.isfinite(outputs))
+    if len(bad):
+        raise InvalidInputError(
+            f"model {bad[0, 0]} has an output of {outputs[tuple(bad[0])]} at query {bad[0, 1]}",
+            expected="finite numbers",
+            remedy="leave out models that diverged",
         )
     offset = np.asarray(outputs, np.float64).mean(axis=0)
     statistic = differences(masks.shape[1], offset)
@@ -176,6 +183,9 @@ def differences(sources: int, offset: Float[np.ndarray, " q"]) -> Fold:
         sources: n.
         offset: about the mean of each output (of the first models, say), taken off before squares are summed, lest
             rounding drown their spread; the result does not depend on it otherwise.
+
+    Raises:
+        InvalidInputError: a batch is of other shapes, or the sum is not finite at the end, as of outputs that are not.
     """
     kind = jnp.result_type(float)
     shift = jnp.asarray(offset, kind)
@@ -191,6 +201,12 @@ def differences(sources: int, offset: Float[np.ndarray, " q"]) -> Fold:
 
 def _increment(shift: Float[Array, " q"], batch: Any, valid: Bool[Array, " b"]) -> dict[str, Array]:
     masks, outputs = batch
+    if len(masks) != len(outputs) or outputs.shape[1:] != shift.shape:
+        raise InvalidInputError(
+            f"masks of shape {masks.shape} and outputs of shape {outputs.shape}, with an offset of {shift.shape}",
+            expected="masks [model, source] and outputs [model, query] of the same models, and an offset a query",
+            remedy="transpose outputs that are [query, model], and average seeds",
+        )
     present = masks.astype(shift.dtype) * valid[:, None].astype(shift.dtype)
     values = jnp.where(valid[:, None], outputs.astype(shift.dtype) - shift[None, :], 0)
     squares = jnp.square(values)
@@ -206,6 +222,13 @@ def _increment(shift: Float[Array, " q"], batch: Any, valid: Bool[Array, " b"]) 
 
 def _difference(state: dict[str, Array]) -> Difference:
     sums = {name: np.asarray(each, np.float64) for name, each in state.items()}
+    finite = np.isfinite(sums["sum"]) & np.isfinite(sums["squares"])
+    if not finite.all():
+        raise InvalidInputError(
+            f"outputs at query {int(finite.argmin())} that are not finite, or whose squares are not",
+            expected="finite numbers, near the offset",
+            remedy="leave out models that diverged, and pass the mean of the first models' outputs as the offset",
+        )
     sides = []
     inside = sums["models_in"][:, None], sums["sum_in"], sums["squares_in"]
     outside = tuple(
@@ -225,11 +248,18 @@ def denoise(found: Difference, threshold: float) -> Float[np.ndarray, "n q"]:
     """Return the scores that are more than `threshold` standard errors from 0; the others are 0.
 
     Raises:
-        InvalidInputError: `threshold` is negative.
+        InvalidInputError: `threshold` is negative, or a score or an error is NaN.
     """
-    if threshold < 0:
+    if not threshold >= 0:
         raise InvalidInputError(
             f"threshold = {threshold:g}", expected="a number of standard errors, at least 0", remedy="0 keeps all"
+        )
+    undefined = np.isnan(found.scores) | np.isnan(found.errors)
+    if undefined.any():
+        raise InvalidInputError(
+            f"{np.count_nonzero(undefined)} differences, or errors of them, that are NaN",
+            expected="differences of finite outputs",
+            remedy="leave out models that diverged",
         )
     measured = np.isfinite(found.errors)
     beyond = np.abs(found.scores) > threshold * np.where(measured, found.errors, 0)

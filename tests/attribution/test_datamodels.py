@@ -194,3 +194,31 @@ def test_bad_input_is_refused(models, shapes_unchecked):
         datamodels.difference(masks, outputs[1:])
     with pytest.raises(InvalidInputError, match="threshold = -1"):
         datamodels.denoise(datamodels.difference(masks, outputs), -1.0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_that_are_not_finite_have_no_difference(models, value):
+    masks, outputs, _ = models
+    bad = outputs.copy()
+    bad[3, 1] = bad[9, 0] = value
+    with pytest.raises(InvalidInputError, match=f"model 3 has an output of {value} at query 1"):
+        datamodels.difference(masks, bad)
+    with pytest.raises(InvalidInputError, match="outputs at query 0 that are not finite"):
+        stream.fold(datamodels.differences(60, outputs.mean(axis=0)), stream.InMemory((masks, bad)), progress=False)
+
+
+def test_what_is_undefined_is_not_denoised_to_0(models):
+    found = datamodels.difference(*models[:2])
+    undefined = np.where(np.arange(60)[:, None] < 2, np.nan, found.scores)
+    for each in (found._replace(scores=undefined), found._replace(errors=undefined)):
+        with pytest.raises(InvalidInputError, match="10 differences, or errors of them, that are NaN"):
+            datamodels.denoise(each, 1.0)
+    with pytest.raises(InvalidInputError, match="threshold = nan"):
+        datamodels.denoise(found, float("nan"))
+
+
+def test_batches_of_a_stream_have_the_shapes_of_its_offset(models):
+    masks, outputs, _ = models
+    statistic = datamodels.differences(60, outputs.mean(axis=0)[:4])
+    with pytest.raises(InvalidInputError, match=r"outputs of shape \(256, 5\), with an offset of \(4,\)"):
+        stream.fold(statistic, stream.InMemory((masks, outputs)), progress=False)
