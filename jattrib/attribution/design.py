@@ -78,10 +78,16 @@ def checked(
     """Return masks and outputs as NumPy arrays.
 
     Raises:
-        InvalidInputError: shapes differ, an entry is not finite, there are no rows to fit or to choose by, or weights
-            are no weights.
+        InvalidInputError: shapes differ, there is no column, an entry is not finite, there are no rows to fit or to
+            choose by, or weights are no weights.
     """
     masks, outputs = np.asarray(masks), np.asarray(outputs)
+    if masks.ndim != 2 or not masks.shape[1] or outputs.ndim != 2:
+        raise InvalidInputError(
+            f"masks of shape {masks.shape} and outputs of shape {outputs.shape}",
+            expected="masks [model, source], of one source or more, and outputs [model, target]",
+            remedy="give outputs of one target as a column: `outputs[:, None]`",
+        )
     kept = np.ones(len(masks), bool) if held_out is None else ~np.asarray(held_out)
     if len(masks) != len(outputs) or len(kept) != len(masks) or kept.sum() < 2 or not outputs.shape[1]:
         raise InvalidInputError(

@@ -16,7 +16,7 @@ class Kernel(NamedTuple):
         design: the rows.
         spectrum: the eigenvalues.
         vectors: the eigenvectors.
-        unit: the mean eigenvalue.
+        unit: the mean eigenvalue; 1 where no column varies, whose coefficients are then 0.
         targets: outputs, centred.
         priors: the prior's predictions, centred, of length 1; 0 without a prior.
         means: of the outputs.
@@ -52,7 +52,9 @@ def decomposed(design: Design, outputs: np.ndarray, prior: Float[np.ndarray, "n 
     spectrum = jnp.maximum(spectrum, 0)
     rotated = [jnp.matmul(each, vectors, precision="highest") for each in (targets, divided[0])]
     first, second = rotated
-    return Kernel(design, spectrum, vectors, jnp.mean(spectrum), first, second, means, norms, wanted, divided[1])
+    unit = jnp.mean(spectrum)
+    unit = jnp.where(unit > 0, unit, 1)
+    return Kernel(design, spectrum, vectors, unit, first, second, means, norms, wanted, divided[1])
 
 
 def solve(kernel: Kernel, damping: Float[Array, " t"]) -> tuple[Float[Array, "t n"], Float[Array, " t"]]:

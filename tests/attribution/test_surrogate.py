@@ -315,9 +315,17 @@ def test_what_varies_on_held_out_rows_alone_has_no_weights(problem):
 def test_masks_that_do_not_vary_have_no_weights(problem):
     outputs = problem[1]
     found, info = surrogate.lasso(np.ones((90, 3)), outputs, progress=False)
-    np.testing.assert_array_equal(found.coefficients, 0)
-    np.testing.assert_allclose(found.intercepts, outputs.mean(axis=0), rtol=1e-6)
     np.testing.assert_array_equal(info.gap, 0)
+    held_out = surrogate.hold_out(jax.random.key(3), 90)
+    settings = ({}, {"held_out": held_out}, {"prior": np.ones((3, 6))})
+    ridges = [surrogate.ridge(np.ones((90, 3)), outputs, **each) for each in settings]
+    for each in (found, *(ridge for ridge, _ in ridges)):
+        np.testing.assert_array_equal(each.coefficients, 0)
+        np.testing.assert_allclose(each.intercepts, outputs.mean(axis=0), rtol=1e-6)
+    alone = outputs.var(axis=0) * (90 / 89) ** 2  # of each row, the mean of the others
+    np.testing.assert_allclose(ridges[0][1].errors, np.tile(alone, (25, 1)), rtol=1e-4)
+    apart = np.square(outputs[held_out] - outputs[~held_out].mean(axis=0)).mean(axis=0)
+    np.testing.assert_allclose(ridges[1][1].errors, np.tile(apart, (25, 1)), rtol=1e-4)
 
 
 def test_the_gap_is_between_primal_and_dual(x64):
@@ -381,6 +389,8 @@ def test_bad_input_is_refused(problem, shapes_unchecked):
     masks, outputs = problem
     for arguments, words in (
         ((masks[:-1], outputs), r"masks of \(89, 130\), outputs of \(90, 6\)"),
+        ((masks[:, :0], outputs), r"masks of shape \(90, 0\)"),
+        ((masks, outputs[:, 0]), r"outputs of shape \(90,\)[\s\S]*outputs\[:, None\]"),
         ((masks, np.where(outputs == outputs[3, 2], np.nan, outputs)), "1 entries of the outputs that are not finite"),
     ):
         with pytest.raises(InvalidInputError, match=words):
