@@ -132,7 +132,7 @@ def scores(train: Features, directions: Float[Array | np.ndarray, "q k"]) -> Flo
     """Return `τ_ij = −(1/n) φ_i · d_j`, with φ of training losses and `d = inverse(train)(query features)`.
 
     Raises:
-        InvalidInputError: features and directions are of different dimensions.
+        InvalidInputError: features and directions are of different dimensions, or a direction is not finite.
         StoreError: rows of the store are missing or damaged.
     """
     return np.concatenate([block for _, block in _blocks(train, directions)])
@@ -183,11 +183,27 @@ def _blocks(
             expected="features of one projection",
             remedy="make both with the same projector and key",
         )
+    check_finite(np.asarray(directions), "direction")
     count, directions = len(train), jnp.asarray(directions)
     for start in range(0, count, BLOCK):
         stop = min(start + BLOCK, count)
         rows = train.read(NAME, start, stop) if isinstance(train, Rows) else train[start:stop]
         yield start, np.asarray(_product(rows, directions)) * (-1 / count)
+
+
+def check_finite(rows: Float[np.ndarray, "q k"], name: str) -> None:
+    """Refuse directions, or features of queries, of which one is not finite.
+
+    Raises:
+        InvalidInputError: one is; it is named.
+    """
+    bad = ~np.isfinite(rows).all(axis=1)
+    if bad.any():
+        raise InvalidInputError(
+            f"{name} {int(bad.argmax())} is not finite",
+            expected="finite numbers",
+            remedy="check queries and checkpoint for NaN, and that the solver of the curvature converged",
+        )
 
 
 def _check_finite(start: int, rows: Any) -> None:

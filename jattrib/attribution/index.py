@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-from jattrib.attribution.features import BLOCK, NAME, Features
+from jattrib.attribution.features import BLOCK, NAME, Features, check_finite
 from jattrib.attribution.influence import Top
 from jattrib.core import files
 from jattrib.core.errors import InvalidInputError, StoreError
@@ -50,7 +50,8 @@ def build(train: Features, *, factory: str = "HNSW32") -> Index:
             `IVF1024,Flat`, in 1,024 cells; `IVF1024,PQ16`, compressed in them; `Flat`, exact.
 
     Raises:
-        InvalidInputError: FAISS is not installed, does not know the factory, or there are too few rows for it.
+        InvalidInputError: FAISS is not installed, does not know the factory or how to add rows to it, or there
+            are too few rows for it.
     """
     faiss = _faiss()
     count, dim = len(train), train.arrays[NAME][0][0] if isinstance(train, Rows) else train.shape[1]
@@ -58,14 +59,14 @@ def build(train: Features, *, factory: str = "HNSW32") -> Index:
         searcher = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
         if not searcher.is_trained:
             searcher.train(np.concatenate([_rows(train, start) for start in range(0, count, BLOCK)]))
+        for start in range(0, count, BLOCK):
+            searcher.add(_rows(train, start))
     except RuntimeError as error:
         raise InvalidInputError(
             f"factory = {factory!r} for {count} rows of {dim}: {str(error).strip().splitlines()[-1]}",
-            expected="an arrangement that FAISS knows, and no more cells than rows",
+            expected="an arrangement that FAISS knows and numbers itself, and no more cells than rows",
             remedy="factory='HNSW32' serves any number of rows",
         ) from error
-    for start in range(0, count, BLOCK):
-        searcher.add(_rows(train, start))
     return Index(searcher, count, dim, dict(train.identity) if isinstance(train, Rows) else {})
 
 
@@ -82,7 +83,7 @@ def search(
         effort: how far to look: candidates that a graph keeps, cells that are opened.  More is slower and finds more.
 
     Raises:
-        InvalidInputError: directions are of another dimension, or k or effort is out of range.
+        InvalidInputError: directions are of another dimension or not finite, or k or effort is out of range.
     """
     if directions.shape[1] != index.dim:
         raise InvalidInputError(
@@ -94,9 +95,10 @@ def search(
         raise InvalidInputError(
             f"k = {k}, effort = {effort}", expected=f"k from 1 to {index.rows}, and effort from 1", remedy="change it"
         )
-    _set_effort(index.searcher, max(effort, k))
     sign = 1.0 if harmful else -1.0
     asked = np.ascontiguousarray(sign * np.asarray(directions), np.float32)
+    check_finite(asked, "direction")
+    _set_effort(index.searcher, max(effort, k))
     products, indices = index.searcher.search(asked, k)
     if (indices < 0).any():
         raise InvalidInputError(
@@ -169,8 +171,20 @@ def _rows(train: Features, start: int) -> Float[np.ndarray, "b k"]:
     return np.ascontiguousarray(rows, np.float32)
 
 
+def _innermost(searcher: Any) -> Any:
+    """Return the index that a transformation, a list of numbers or a refinement is wrapped around."""
+    searcher = _faiss().downcast_index(searcher)
+    for name in ("index", "base_index"):
+        if hasattr(searcher, name):
+            return _innermost(getattr(searcher, name))
+    return searcher
+
+
 def _set_effort(searcher: Any, effort: int) -> None:
-    if hasattr(searcher, "hnsw"):
-        searcher.hnsw.efSearch = effort
-    if hasattr(searcher, "nprobe"):
-        searcher.nprobe = effort
+    innermost = _innermost(searcher)
+    if hasattr(innermost, "hnsw"):
+        innermost.hnsw.efSearch = effort
+    if hasattr(innermost, "nsg"):
+        innermost.nsg.search_L = effort
+    if hasattr(innermost, "nprobe"):
+        innermost.nprobe = effort

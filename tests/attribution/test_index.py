@@ -45,6 +45,16 @@ def test_approximate_indices_find_most_and_more_with_more_effort(setting, factor
     np.testing.assert_allclose(found.scores, -products / N, rtol=1e-4, atol=1e-9)  # of those found, scores are exact
 
 
+@pytest.mark.parametrize("factory", ["RR16,IVF64,Flat", "IVF64,Flat,RFlat", "RR16,HNSW8", "HNSW8,RFlat", "NSG8"])
+def test_effort_reaches_what_is_wrapped(setting, factory):
+    """A rotation, or rows that are compared again, around cells or a graph; and a graph of another kind."""
+    rows, directions = setting
+    exact, built = features.top(rows, directions, k=1), index.build(rows, factory=factory)
+    little, much = (index.recall(index.search(built, directions, k=1, effort=e), exact) for e in (1, 1000))
+    assert little < 0.9
+    assert much == 1
+
+
 def test_an_index_of_a_store_says_what_it_is_of_and_refuses_others(setting, tmp_path):
     rows, directions = setting
     identity = {"parameters": "abc", "projection": "seed 0"}
@@ -75,6 +85,12 @@ def test_bad_input_is_refused(setting, monkeypatch):
         index.build(rows[:50], factory="Pyramid")
     with pytest.raises(InvalidInputError, match="factory = 'IVF64,Flat' for 50 rows of 16"):
         index.build(rows[:50], factory="IVF64,Flat")
+    with pytest.raises(InvalidInputError, match=r"factory = 'IDMap,Flat' for 50 rows of 16[\s\S]*numbers itself"):
+        index.build(rows[:50], factory="IDMap,Flat")
+    for value in (np.nan, np.inf):
+        bad = np.where(np.arange(6)[:, None] == 2, value, directions)
+        with pytest.raises(InvalidInputError, match="direction 2 is not finite"):
+            index.search(built, bad, k=1)
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(InvalidInputError, match=r"pip install 'jattrib\[index\]'"):
         index.build(rows[:50])
