@@ -89,15 +89,20 @@ def estimate(
         held_out: the models that choose the penalty (`surrogate.hold_out`), needed by the LASSO; all models are then
             fitted.  Ridge without any leaves out each in turn.
         prior: other scores of the same sources and queries, for ridge; their scale does not matter.
-        path: of the LASSO's penalties.
-        solver: of the LASSO.
-        mesh: spreads the LASSO's targets.
+        path: of the LASSO's penalties; ridge, whose dampings are `surrogate.ridge`'s own, has no use for it.
+        solver: of the LASSO, likewise.
+        mesh: spreads the LASSO's targets; ridge does not need it.
         progress: whether to show the LASSO's.
 
     Raises:
-        InvalidInputError: shapes differ, an entry is not finite, the LASSO has no held-out models, or has a prior.
+        InvalidInputError: shapes differ, an entry is not finite, the regression is neither, or the LASSO has no
+            held-out models, or has a prior.
         DivergedError: as `surrogate.lasso` says.
     """
+    if regression not in ("lasso", "ridge"):
+        raise InvalidInputError(
+            f"regression = {regression!r}", expected="'lasso' or 'ridge'", remedy="name one of them"
+        )
     outputs = np.asarray(outputs)
     flat = outputs.reshape(len(outputs), -1)
     if regression == "lasso" and (held_out is None or prior is not None):

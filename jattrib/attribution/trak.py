@@ -5,7 +5,7 @@ Source: Park et al. 2023, "TRAK: Attributing model behavior at scale", section 3
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -209,7 +209,11 @@ def mean(total: Total, *, combination: Combination = "product_of_means") -> Floa
 
     They are positive where weight on the source raises the query's output.  They rank: their scale is that of a linear
     model of the output, not of leave-one-out differences.
+
+    Raises:
+        InvalidInputError: there is no such combination.
     """
+    _check_combination(combination)
     count = total.checkpoints
     if combination == "mean_of_products":
         return total.weighted / count
@@ -234,12 +238,13 @@ def scores(
         combination: how checkpoints are combined.
 
     Raises:
-        InvalidInputError: there is no checkpoint, or features do not fit each other.
+        InvalidInputError: there is no checkpoint, features do not fit each other, or there is no such combination.
         DivergedError: a curvature is singular.
 
     Source: Park et al. 2023, section 3.2, steps 4 and 5, without the soft threshold (which `traker` lacks too).  The
     ridge is ours: the paper has none, the package an absolute one.
     """
+    _check_combination(combination)
     total = None
     for checkpoint, targets in zip(train, queries, strict=True):
         damping = relative_damping * mean_eigenvalue(checkpoint.gradients)
@@ -247,3 +252,10 @@ def scores(
     if total is None:
         raise InvalidInputError("no checkpoints", expected="at least one", remedy="train one checkpoint or more")
     return mean(total, combination=combination)
+
+
+def _check_combination(combination: str) -> None:
+    if combination not in get_args(Combination):
+        raise InvalidInputError(
+            f"combination = {combination!r}", expected=f"one of {get_args(Combination)}", remedy="name one of them"
+        )

@@ -107,9 +107,13 @@ def agreement(
         confidence: the coverage that is asked for.
 
     Raises:
-        InvalidInputError: shapes differ, there are fewer than two models or queries, an entry is not finite, nothing is
-            removed from a model, or no query has effects and predictions that vary.
+        InvalidInputError: there is no such measure, shapes differ, there are fewer than two models, an entry is not
+            finite, nothing is removed from a model, or fewer than two queries have effects and predictions that vary.
     """
+    if measure not in _MEASURES:
+        raise InvalidInputError(
+            f"measure = {measure!r}", expected=f"one of {tuple(_MEASURES)}", remedy="name one of them"
+        )
     predicted, actual = predict(scores, removed), np.asarray(measured, np.float64).mean(axis=1)
     per_query, constant = _MEASURES[measure][0](predicted, actual)
     if constant.all():

@@ -188,6 +188,8 @@ def test_bad_input_is_refused(models, shapes_unchecked):
         datamodels.estimate(masks, outputs)
     with pytest.raises(InvalidInputError, match="the LASSO with a prior"):
         datamodels.estimate(masks, outputs, held_out=held_out, prior=truth)
+    with pytest.raises(InvalidInputError, match="regression = 'LASSO'"):
+        datamodels.estimate(masks, outputs, regression="LASSO", held_out=held_out)
     with pytest.raises(InvalidInputError, match=r"a prior of \(5, 60\) for 60 columns and 5 targets"):
         datamodels.estimate(masks, outputs, regression="ridge", prior=truth.T)
     with pytest.raises(InvalidInputError, match="200 masks and outputs of 199 models"):

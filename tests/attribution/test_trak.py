@@ -225,7 +225,7 @@ def test_a_gradient_that_is_not_finite_names_the_example(problem):
         )  # fmt: skip
 
 
-def test_bad_features_are_refused():
+def test_bad_features_are_refused(shapes_unchecked):
     rng = np.random.default_rng(4)
     few = trak.Features(rng.normal(size=(5, 8)).astype(np.float32), np.ones(5, np.float32))
     query = rng.normal(size=(2, 8)).astype(np.float32)
@@ -235,6 +235,8 @@ def test_bad_features_are_refused():
         trak.scores([few], [query[:, :7]], relative_damping=0.1)
     with pytest.raises(InvalidInputError, match="no checkpoints"):
         trak.scores([], [])
+    with pytest.raises(InvalidInputError, match=r"combination = 'mean_of_product'[\s\S]*'mean_of_products'"):
+        trak.scores([few], [query], relative_damping=0.1, combination="mean_of_product")
 
 
 def test_a_dimension_beyond_the_parameters_is_refused(problem):
