@@ -38,8 +38,9 @@ def make_design(masks: np.ndarray, kept: HeldOut, weights: Weights | None, *, st
     means = part @ values[kept]
     moved = values - means
     variances = part @ np.square(moved[kept])
-    varies = variances > 1e-12 * np.maximum(np.square(means), np.finfo(np.float64).tiny)
-    scales = np.where(varies, np.sqrt(variances) if standardize else 1.0, np.inf)
+    moves = varies(np.asarray(masks)[kept & (relative > 0)])
+    moves &= variances > 1e-26 * np.maximum(np.square(means), np.finfo(np.float64).tiny)
+    scales = np.where(moves, np.sqrt(variances) if standardize else 1.0, np.inf)
     rows = (moved / scales * np.sqrt(relative)[:, None]).astype(jnp.result_type(float))
     return Design(jnp.asarray(rows[kept]), jnp.asarray(rows[~kept]), means, scales, kept, relative)
 

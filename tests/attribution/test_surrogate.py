@@ -272,6 +272,27 @@ def test_least_squares_are_exact_with_and_without_enough_rows(x64, rows):
     np.testing.assert_allclose(found.intercepts, model.intercept_, atol=1e-8)
 
 
+@pytest.mark.parametrize("offset", [1e6, 1e9])
+def test_a_column_far_from_zero_is_not_constant(problem, offset):
+    """What it varies by is exact in float64, in which it is centred; weights of rows move the mean, not the fit."""
+    masks, outputs = problem
+    near, far = (np.concatenate([masks[:, :20], at + masks[:, 20:21]], axis=1) for at in (0, offset))
+    weights = np.random.default_rng(1).uniform(0.1, 3, 90)
+    for fit in (surrogate.least_squares, lambda *arguments, **other: surrogate.ridge(*arguments, **other)[0]):
+        expected, found = (fit(each, outputs, weights=weights).coefficients for each in (near, far))
+        assert np.abs(expected[20]).max() > 1
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_column_of_one_number_is_constant_whatever_the_rounding(problem):
+    """The mean of so many equal numbers is another number, and its square a variance."""
+    masks, outputs = problem
+    weights = np.random.default_rng(1).uniform(0.1, 3, 90)
+    flat = np.concatenate([masks[:, :5], np.full((90, 2), [-0.32, 1e6 / 3])], axis=1)
+    found = surrogate.least_squares(flat, outputs, weights=weights)
+    np.testing.assert_array_equal(found.coefficients[5:], 0)
+
+
 def test_a_target_that_is_constant_has_no_weights(problem):
     masks, outputs = problem
     flat = np.concatenate([outputs[:, :1], np.full((90, 1), 3.0)], axis=1)
