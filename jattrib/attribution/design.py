@@ -59,17 +59,53 @@ def centred(design: Design, outputs: np.ndarray) -> tuple[Float[Array, "t m"], F
 
 def varies(values: Num[np.ndarray, "m c"] | Bool[np.ndarray, "m c"]) -> Bool[np.ndarray, " c"]:
     """Return which columns vary by more than the mean of equal numbers may differ from them, by rounding."""
-    low, high = (np.asarray(each, np.float64) for each in (values.min(axis=0), values.max(axis=0)))
+    low, high = _ends(values)
     rounding = len(values) * np.finfo(np.float64).eps
     return high - low > rounding * np.maximum(np.abs(low), np.abs(high))
 
 
+def _ends(values: np.ndarray) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
+    return np.asarray(values.min(axis=0), np.float64), np.asarray(values.max(axis=0), np.float64)
+
+
+def powers(sizes: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
+    """Return a power of two near each number, by which to divide loses nothing; 1 for 0."""
+    exponents = np.clip(np.frexp(sizes)[1], -1000, 1000)
+    return np.where(sizes > 0, np.ldexp(1.0, exponents), 1.0)
+
+
+def units(outputs: np.ndarray) -> Float[np.ndarray, " t"]:
+    """Return the units that targets are fitted in, powers of two near their spreads: no square over- or underflows.
+
+    Raises:
+        InvalidInputError: a target is so large, or varies so little, that its coefficients would not be finite, or 0.
+    """
+    low, high = _ends(outputs)
+    spread, largest = np.where(varies(outputs), high - low, 0), np.maximum(np.abs(low), np.abs(high))
+    kind = np.finfo(jnp.result_type(float))
+    bad = (spread > 0) & (spread < float(kind.tiny) / float(kind.eps)) | (largest > float(kind.max) * float(kind.eps))
+    if bad.any():
+        target = int(bad.argmax())
+        raise InvalidInputError(
+            f"target {target}, whose outputs are from {low[target]:.3g} to {high[target]:.3g}",
+            expected=f"a spread and values that {kind.dtype} holds, with room for its precision",
+            remedy="choose another unit for the outputs, or compute in float64 (`jax.enable_x64`)",
+        )
+    return powers(spread)
+
+
 def natural(
-    design: Design, solution: Float[np.ndarray, "t n"], means: Float[np.ndarray, " t"]
+    design: Design,
+    solution: Float[np.ndarray, "t n"],
+    means: Float[np.ndarray, " t"],
+    units: Float[np.ndarray, " t"],
 ) -> tuple[Float[np.ndarray, "n t"], Float[np.ndarray, " t"]]:
-    """Return the coefficients and intercepts, in the units of masks and outputs, of weights of standardised columns."""
-    coefficients = np.asarray(solution, np.float64) / design.scales
-    intercepts = means - coefficients @ design.means
+    """Return the coefficients and intercepts, in the units of masks and outputs, of weights of standardised columns.
+
+    Weights and means are of targets divided by `units`.
+    """
+    coefficients = np.asarray(solution, np.float64) / design.scales * units[:, None]
+    intercepts = means * units - coefficients @ design.means
     return coefficients.T.astype(solution.dtype), intercepts.astype(solution.dtype)
 
 

@@ -32,6 +32,8 @@ from jattrib.attribution.design import (
     checked,
     make_design,
     natural,
+    powers,
+    units,
 )
 from jattrib.core import mesh as meshes
 from jattrib.core.errors import DivergedError, InvalidInputError
@@ -259,20 +261,22 @@ def ridge(
     prior = np.zeros((masks.shape[1], outputs.shape[1])) if prior is None else np.asarray(prior, np.float64)
     every = np.ones(len(outputs), bool)
     kept = every if held_out is None else ~held_out
-    kernel = kernel_ridge.decomposed(make_design(masks, kept, weights, standardize=standardize), outputs, prior)
+    sizes, prior_sizes = units(outputs), powers(np.abs(prior).max(axis=0))
+    scaled = outputs / sizes, prior / prior_sizes
+    kernel = kernel_ridge.decomposed(make_design(masks, kept, weights, standardize=standardize), *scaled)
     ridges = jnp.asarray(values, kernel.spectrum.dtype)
     errors = np.asarray(jax.lax.map(lambda each: kernel_ridge.errors(kernel, each), ridges))
     chosen = np.argmin(errors, axis=0)
     if held_out is not None:
-        kernel = kernel_ridge.decomposed(make_design(masks, every, weights, standardize=standardize), outputs, prior)
+        kernel = kernel_ridge.decomposed(make_design(masks, every, weights, standardize=standardize), *scaled)
     solution, multiple = kernel_ridge.solve(kernel, jnp.asarray(values[chosen], kernel.spectrum.dtype))
-    multiples = np.asarray(multiple, np.float64) / kernel.norms
-    own = Surrogate(*natural(kernel.design, np.asarray(solution), kernel.means))
+    multiples = np.asarray(multiple, np.float64) / kernel.norms * (sizes / prior_sizes)
+    own = Surrogate(*natural(kernel.design, np.asarray(solution), kernel.means, sizes))
     added = np.where(np.isfinite(kernel.design.scales)[:, None], prior, 0) * multiples
     intercepts = own.intercepts - kernel.design.means @ added
     kind = own.coefficients.dtype
     found = Surrogate((own.coefficients + added).astype(kind), intercepts.astype(kind))
-    return found, RidgeInfo(chosen, errors, values, multiples)
+    return found, RidgeInfo(chosen, errors * np.square(sizes), values, multiples)
 
 
 def least_squares(masks: Masks, outputs: Outputs, *, weights: Weights | None = None) -> Surrogate:
@@ -288,13 +292,14 @@ def least_squares(masks: Masks, outputs: Outputs, *, weights: Weights | None = N
     """
     masks, outputs = checked(masks, outputs, None, weights)
     design = make_design(masks, np.ones(len(outputs), bool), weights, standardize=False)
-    targets, means = centred(design, outputs)
+    sizes = units(outputs)
+    targets, means = centred(design, outputs / sizes)
     solution = jnp.linalg.lstsq(design.rows, targets.T)[0]
-    return Surrogate(*natural(design, np.asarray(solution).T, means))
+    return Surrogate(*natural(design, np.asarray(solution).T, means, sizes))
 
 
 class _Restart(NamedTuple):
-    """Where to fit again: at which penalties, from which coefficients."""
+    """Where to fit again: at which penalties, from which coefficients; those in units of each target's own."""
 
     penalties: Float[np.ndarray, " t"]
     coefficients: Float[np.ndarray, "t n"]
@@ -318,8 +323,8 @@ def _fit(
     design: Design, outputs: np.ndarray, path: Path, solver: Solver, restart: _Restart | None, *,
     keep_path: bool, mesh: Mesh | None, label: str, show: bool,
 ) -> _Parts:  # fmt: skip
-    """Solve for all targets, a chunk at a time."""
-    count = len(design.rows)
+    """Solve for all targets, a chunk at a time, in units of their own."""
+    count, sizes = len(design.rows), units(outputs)
     rule = elastic_net.Rule(solver.tolerance, 0 if restart is not None else solver.patience, keep_path)
     problem = meshes.replicate(_problem(design), mesh)
     others = np.sqrt(design.weights[~design.kept])[:, None]
@@ -333,10 +338,14 @@ def _fit(
         report = _capped(advance, t * k)  # targets that fill up a chunk or a core's share are counted, too
         for start in range(0, t, size):
             at = np.minimum(np.arange(start, start + size), t - 1)
-            targets, means = centred(design, outputs[:, at])
-            held_out = (outputs[~design.kept][:, at] - means) * others
+            scaled = outputs[:, at] / sizes[at]
+            targets, means = centred(design, scaled)
+            held_out = (scaled[~design.kept] - means) * others
             correlation = jnp.matmul(targets, design.rows, precision="highest")
-            steps = _steps(np.asarray(correlation) / count, path) if restart is None else restart.penalties[at][:, None]
+            if restart is None:
+                steps = _steps(np.asarray(correlation) / count, path, sizes[at])
+            else:
+                steps = (restart.penalties / sizes)[at][:, None]
             targets, correlation = (jnp.where(steps[:, :1] == 0, 0, each) for each in (targets, correlation))
             begin = jnp.zeros_like(correlation) if restart is None else jnp.asarray(restart.coefficients[at])
             energy = jnp.sum(targets * targets, axis=1)
@@ -344,7 +353,7 @@ def _fit(
             batch = elastic_net.Targets(
                 targets, correlation, energy, jnp.asarray(held_out.T, kind),
                 jnp.asarray(count * path.l1_ratio * steps, kind),
-                jnp.asarray(count * (1 - path.l1_ratio) * steps, kind), begin,
+                jnp.asarray(count * (1 - path.l1_ratio) * (steps * sizes[at][:, None]), kind), begin,
             )  # fmt: skip
             batch = meshes.place_rows(jax.tree.map(np.asarray, batch), mesh, size)
             solution = elastic_net.descend(problem, batch, rule, mesh=mesh, report=report)
@@ -353,20 +362,20 @@ def _fit(
             lambdas.append(steps[:last])
             averages.append(means[:last])
     whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
-    steps, means = np.concatenate(lambdas), np.concatenate(averages)
+    steps, means = np.concatenate(lambdas) * sizes[:, None], np.concatenate(averages)
     coefficients = np.where(np.isfinite(design.scales), 1 / design.scales, 0)
     return _Parts(
-        surrogate=Surrogate(*natural(design, whole.weights, means)),
+        surrogate=Surrogate(*natural(design, whole.weights, means, sizes)),
         coefficients=whole.weights,
         chosen=whole.chosen,
         penalties=steps[np.arange(t), whole.chosen],
         lambdas=steps.T,
         gaps=whole.gaps.T,
         products=whole.products,
-        errors=(whole.errors / np.sum(design.weights[~design.kept])).T
+        errors=(whole.errors / np.sum(design.weights[~design.kept])).T * np.square(sizes)
         if len(others)
         else np.full_like(steps.T, np.nan),
-        path=np.moveaxis(whole.path, 0, 2) * coefficients[:, None] if keep_path else None,
+        path=np.moveaxis(whole.path, 0, 2) * (coefficients[:, None] * sizes) if keep_path else None,
     )
 
 
@@ -395,10 +404,12 @@ def _prepare(rows: Float[Array, "m n"], others: Float[Array, "h n"], *, keep: bo
     return elastic_net.Problem(rows, columns, gram, others, elastic_net.lipschitz(rows), energies)
 
 
-def _steps(correlation: Float[np.ndarray, "t n"], path: Path) -> Float[np.ndarray, "t k"]:
-    """Return every target's penalties λ."""
+def _steps(
+    correlation: Float[np.ndarray, "t n"], path: Path, sizes: Float[np.ndarray, " t"]
+) -> Float[np.ndarray, "t k"]:
+    """Return every target's penalties λ, in units of their own."""
     if path.lambdas:
-        return np.tile(np.sort(np.asarray(path.lambdas, np.float64))[::-1], (len(correlation), 1))
+        return np.sort(np.asarray(path.lambdas, np.float64))[::-1] / sizes[:, None]
     largest = np.abs(correlation).max(axis=1).astype(np.float64) / path.l1_ratio
     return largest[:, None] * np.geomspace(1, path.ratio, path.count)
 

@@ -349,6 +349,39 @@ def test_masks_that_do_not_vary_have_no_weights(problem):
     np.testing.assert_allclose(ridges[1][1].errors, np.tile(apart, (25, 1)), rtol=1e-4)
 
 
+@pytest.mark.parametrize("power", [-90, -60, 60])
+def test_the_unit_of_outputs_does_not_matter(problem, power):
+    """A power of two does not, to the bit: squares of float32 would vanish, or be infinite, at these."""
+    masks, outputs = problem
+    unit, held_out = 2.0**power, surrogate.hold_out(jax.random.key(3), 90)
+    settings = {"held_out": held_out, "progress": False, "keep_path": True}
+    path = Path(lambdas=(0.5, 0.1))
+    one, info = surrogate.lasso(masks, outputs, path=path, **settings)
+    found, other = surrogate.lasso(masks, unit * outputs, path=Path(lambdas=(0.5 * unit, 0.1 * unit)), **settings)
+    for each in ("penalties", "lambdas", "path"):
+        np.testing.assert_array_equal(getattr(other, each), unit * getattr(info, each))
+    np.testing.assert_array_equal(other.errors, unit**2 * info.errors)
+    ridge, chosen = surrogate.ridge(masks, outputs, prior=np.ones((130, 6)))
+    scaled, again = surrogate.ridge(masks, unit * outputs, prior=np.full((130, 6), 1 / unit))
+    np.testing.assert_array_equal(again.errors, unit**2 * chosen.errors)
+    np.testing.assert_array_equal(again.prior_weights, unit**2 * chosen.prior_weights)
+    pairs = (one, found), (ridge, scaled), tuple(surrogate.least_squares(masks, y) for y in (outputs, unit * outputs))
+    for expected, made in pairs:
+        np.testing.assert_array_equal(made.coefficients, np.float32(unit) * expected.coefficients)
+        np.testing.assert_array_equal(made.intercepts, np.float32(unit) * expected.intercepts)
+    assert np.abs(one.coefficients).max() > 1
+
+
+def test_outputs_beyond_the_numbers_there_are_are_refused(problem):
+    masks, outputs = problem
+    for factor in (1e-33, 1e33):
+        with pytest.raises(InvalidInputError, match=r"target 0, whose outputs are from[\s\S]* that float32 holds"):
+            surrogate.lasso(masks, factor * outputs, progress=False)
+        with jax.enable_x64(True):
+            found = surrogate.least_squares(masks, factor * outputs).coefficients / factor
+            np.testing.assert_allclose(found, surrogate.least_squares(masks, outputs).coefficients, atol=1e-9)
+
+
 def test_the_gap_is_between_primal_and_dual(x64):
     """`relative_gap` against the two objectives written out, at a point that is not optimal."""
     rng = np.random.default_rng(5)
