@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jattrib.attribution.features import check_finite
 from jattrib.core import stream, tree
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.store import Rows
@@ -165,7 +166,7 @@ def products(
         gram: `mean_gram(train.gradients)`, where several dampings are to share it.
 
     Raises:
-        InvalidInputError: features are of different dimensions, or `damping` is negative.
+        InvalidInputError: features are of different dimensions, an entry is not finite, or `damping` is negative.
         DivergedError: the curvature is singular, as it is without damping where n is below k.
     """
     n, k = train.gradients.shape
@@ -174,6 +175,8 @@ def products(
             f"{k} features a training example, {queries.shape[1]} a query",
             expected="features of one projection", remedy="make both with the same projector and key",
         )  # fmt: skip
+    check_finite(np.asarray(queries), "query")
+    check_finite(np.asarray(train.weights)[:, None], "the weight of training example")
     phi, targets = jnp.asarray(train.gradients), jnp.asarray(queries).T
     gram = mean_gram(train.gradients) if gram is None else gram
     refine = 0 if damping > 0 else 1  # a ridge keeps the condition low

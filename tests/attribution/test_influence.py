@@ -251,6 +251,10 @@ def test_kept_features_answer_later_queries_and_refuse_other_projections(problem
         features.check(made, moved, **settings)
     with pytest.raises(InvalidInputError, match=r"43 features a training example, 5 a direction"):
         features.scores(made, np.zeros((2, 5)))
+    bad = np.where(np.arange(len(asked))[:, None] == 1, np.nan, asked)
+    for refused in (features.scores, partial(features.top, k=3)):
+        with pytest.raises(InvalidInputError, match="direction 1 is not finite"):
+            refused(made, bad)
 
 
 @pytest.mark.slow

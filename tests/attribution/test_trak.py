@@ -235,6 +235,13 @@ def test_bad_features_are_refused(shapes_unchecked):
         trak.scores([few], [query[:, :7]], relative_damping=0.1)
     with pytest.raises(InvalidInputError, match="no checkpoints"):
         trak.scores([], [])
+    weights = np.array([1, 1, np.inf, 1, 1], np.float32)
+    for value, settings in ((np.nan, {"rescale": True}), (np.inf, {"rescale": False})):
+        bad = np.where(np.arange(2)[:, None] == 1, np.float32(value), query)
+        with pytest.raises(InvalidInputError, match="query 1 is not finite"):
+            trak.scores([few], [bad], relative_damping=0.1, **settings)
+        with pytest.raises(InvalidInputError, match="the weight of training example 2 is not finite"):
+            trak.scores([few._replace(weights=weights)], [query], relative_damping=0.1, **settings)
     with pytest.raises(InvalidInputError, match=r"combination = 'mean_of_product'[\s\S]*'mean_of_products'"):
         trak.scores([few], [query], relative_damping=0.1, combination="mean_of_product")
 
