@@ -81,7 +81,8 @@ def one_way(
     """Return a statistic of n units and its interval.
 
     Args:
-        statistic: its value in each of r resamples, from how often each unit stands in them; NaN where undefined.
+        statistic: its value in each of r resamples, from how often each unit stands in them; not finite where
+            undefined.
         units: n.
         key: fixes the resamples.
         resamples: how many.
@@ -148,7 +149,7 @@ def counts(random: np.random.Generator, units: int, *, resamples: int) -> Int[np
 def percentile(
     value: float, draws: Float[np.ndarray, " r"], *, confidence: float = 0.95, centred: bool = False
 ) -> Interval:
-    """Return the interval between the percentiles of the draws; undefined (NaN) ones are left out if they are few.
+    """Return the interval between the percentiles of the draws; those not finite are left out if they are few.
 
     Args:
         value: the statistic of the sample.
@@ -164,7 +165,7 @@ def percentile(
         raise InvalidInputError(
             f"confidence = {confidence}", expected="a number between 0 and 1", remedy="0.95 is usual"
         )
-    defined = draws[~np.isnan(draws)]
+    defined = draws[np.isfinite(draws)]
     if not np.isfinite(value) or len(defined) < (1 - UNDEFINED) * len(draws):
         raise InvalidInputError(
             f"a statistic of {value}, undefined in {len(draws) - len(defined)} of {len(draws)} resamples",

@@ -123,11 +123,11 @@ def lds(
         confidence: the coverage that is asked for.
 
     Raises:
-        InvalidInputError: shapes differ, there are fewer than two models or queries, an entry is not finite, or no
-            query has outputs and predictions that vary.
+        InvalidInputError: shapes differ, there are fewer than two models, an entry is not finite, or fewer than two
+            queries have outputs and predictions that vary.
     """
     per_query, constant = spearman(predicted, actual, axis=0)
-    _check_some_vary(constant)
+    check_two_vary(constant)
     varying = np.flatnonzero(~constant)
     left, right = (np.asarray(each)[:, varying] for each in (predicted, actual))
 
@@ -166,7 +166,7 @@ def difference(
         InvalidInputError: as in `lds`.
     """
     constant = spearman(predicted, actual, axis=0).constant | spearman(other, actual, axis=0).constant
-    _check_some_vary(constant)
+    check_two_vary(constant)
     one, two, right = (np.asarray(each)[:, ~constant] for each in (predicted, other, actual))
 
     def statistic(models: Int[np.ndarray, "r m"], queries: Int[np.ndarray, "r q"]) -> Float[np.ndarray, " r"]:
@@ -280,8 +280,14 @@ def random_baseline(
         confidence: how much of the draws the range holds.
 
     Raises:
-        InvalidInputError: shapes differ, an output is not finite, or no query varies.
+        InvalidInputError: shapes differ, an output is not finite, no query varies, or there is no draw.
     """
+    if len(masks) != len(actual) or draws < 1:
+        raise InvalidInputError(
+            f"{draws} draws for masks of {len(masks)} models and outputs of {len(actual)}",
+            expected="one draw or more, and a mask a model",
+            remedy="pass the masks of the models whose outputs these are; 100 draws are usual",
+        )
     constant = spearman(actual, actual, axis=0).constant
     _check_some_vary(constant)
     ranks = _standard_ranks(actual, ~constant)
@@ -314,8 +320,13 @@ def permutation_null(
         permutations: how many.
 
     Raises:
-        InvalidInputError: shapes differ, there are fewer than two models, an entry is not finite, or no query varies.
+        InvalidInputError: shapes differ, there are fewer than two models, an entry is not finite, no query varies, or
+            there is no permutation.
     """
+    if permutations < 1:
+        raise InvalidInputError(
+            f"{permutations} permutations", expected="one or more", remedy="1,000 permutations are usual"
+        )
     constant = spearman(predicted, actual, axis=0).constant
     _check_some_vary(constant)
     left, right = (_standard_ranks(each, ~constant) for each in (predicted, actual))
@@ -328,6 +339,21 @@ def permutation_null(
     reached = np.count_nonzero(found >= measured - 1e-12)
     p_value = (1 + reached) / (1 + permutations)
     return Null(float(found.mean()), float(found.std()), float(low), float(high), float(p_value))
+
+
+def check_two_vary(constant: Bool[np.ndarray, " q"]) -> None:
+    """Refuse what has no interval over queries, as fewer than two vary.
+
+    Raises:
+        InvalidInputError: it is so.
+    """
+    _check_some_vary(constant)
+    if np.count_nonzero(~constant) < 2:
+        raise InvalidInputError(
+            f"1 of {len(constant)} queries at which both predictions and outputs vary from model to model",
+            expected="two such queries or more, to resample for the interval",
+            remedy="measure on more queries, or use `correlation.spearman`, which has no interval",
+        )
 
 
 def _weighted_mean(values: Float[np.ndarray, "r q"], counts: Int[np.ndarray, "r q"]) -> Float[np.ndarray, " r"]:

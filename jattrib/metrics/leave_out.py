@@ -122,6 +122,7 @@ def agreement(
             expected="at least one query where both vary from model to model",
             remedy="check that the models were trained without different examples and that the scores are not zero",
         )
+    lds.check_two_vary(constant)
     varying = ~constant
     resampled, settings = _MEASURES[measure][1], {"key": key, "resamples": resamples, "confidence": confidence}
 

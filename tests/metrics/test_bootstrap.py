@@ -91,3 +91,6 @@ def test_refuses_what_has_no_interval(key):
     with pytest.raises(InvalidInputError, match="undefined in 2 of 10 resamples"):
         bootstrap.percentile(0.0, np.array([np.nan] * 2 + [1.0] * 8))
     assert bootstrap.percentile(0.0, np.array([np.nan] + [1.0] * 99)).low == 1
+    with pytest.raises(InvalidInputError, match="undefined in 2 of 10 resamples"):
+        bootstrap.percentile(0.0, np.array([np.inf, -np.inf] + [1.0] * 8))
+    assert bootstrap.percentile(2.0, np.array([-np.inf] + [1.0] * 99), centred=True) == (2, 2, 2)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -214,3 +216,14 @@ def test_refuses_what_has_no_score(problem, key, shapes_unchecked):
         lds.lds_fixed(scores, masks, np.full(outputs[:, 0].shape, np.nan), key=key)
     with pytest.raises(InvalidInputError, match="outputs of 1 seed a subset"):
         lds.noise_ceiling(outputs[:, :1])
+    predicted, actual = lds.predict(scores, masks), outputs.mean(axis=1)
+    one = predicted * (np.arange(6) == 2)
+    for measure in (lds.lds, partial(lds.difference, predicted)):
+        with pytest.raises(InvalidInputError, match="1 of 6 queries at which both predictions and outputs vary"):
+            measure(one, actual, key=key)
+    with pytest.raises(InvalidInputError, match=f"100 draws for masks of 3 models and outputs of {len(actual)}"):
+        lds.random_baseline(masks[:3], actual, key=key)
+    with pytest.raises(InvalidInputError, match="0 draws"):
+        lds.random_baseline(masks, actual, key=key, draws=0)
+    with pytest.raises(InvalidInputError, match="0 permutations"):
+        lds.permutation_null(predicted, actual, key=key, permutations=0)
