@@ -161,7 +161,8 @@ class _Featurize:
 
 
 def _gram(batch: dict[str, Array], valid: Bool[Array, " b"]) -> Float[Array, "k k"]:
-    rows = batch[NAME] * valid.astype(batch[NAME].dtype)[:, None]
+    rows = tree.widen(batch[NAME])  # the sum of a chunk, too, may be beyond half precision
+    rows = rows * valid.astype(rows.dtype)[:, None]
     return jnp.matmul(rows.T, rows, precision="highest")
 
 

@@ -56,7 +56,7 @@ def gradients(
     """Return `∇_θ f(z_j; θ)` of every example of a source, as a tree like the parameters with a leading axis.
 
     Raises:
-        InvalidInputError: a gradient is not finite, or the output is not one number.
+        InvalidInputError: a gradient is not finite, the source is empty, or the output is not one number.
     """
     layers = _find(output, params, source)
     return stream.map_rows(
@@ -268,6 +268,12 @@ def parameter_norm(precondition: Precondition) -> Norm:
 
 def _find(output: OutputFn, params: Params, source: Source) -> Layers | None:
     """Return the layers of an output; None where no parameter has factors, and plain gradients serve."""
+    if not len(source):
+        raise InvalidInputError(
+            "a source of 0 examples",
+            expected="one example or more",
+            remedy="check the path and the selection that made the source",
+        )
     example = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), source.take(np.zeros(1, np.int64))
     )

@@ -51,7 +51,7 @@ class Path(NamedTuple):
 
     Attributes:
         ratio: the last as a part of λ_max.
-        count: how many, evenly spaced on a logarithmic scale.
+        count: how many, evenly spaced on a logarithmic scale; of 1 it is the last.
         l1_ratio: ρ; 1 is the LASSO.
         lambdas: the penalties themselves, the same for all targets, in place of `ratio` and `count`.
     """
@@ -59,7 +59,7 @@ class Path(NamedTuple):
     ratio: float = 0.05
     count: int = 50  # pyright: ignore[reportIncompatibleMethodOverride]
     l1_ratio: float = 1.0
-    lambdas: tuple[float, ...] = ()
+    lambdas: Sequence[float] | Float[np.ndarray, " k"] = ()
 
 
 class Solver(NamedTuple):
@@ -188,6 +188,7 @@ def lasso(
     coefficients are natural, and what is reached is known.
     """
     path, solver = path or Path(), solver or Solver()
+    path = path._replace(lambdas=tuple(path.lambdas))
     masks, outputs = checked(masks, outputs, held_out, weights)
     _check_settings(path, solver)
     kept = np.ones(len(outputs), bool) if held_out is None else ~held_out
@@ -411,7 +412,8 @@ def _steps(
     if path.lambdas:
         return np.sort(np.asarray(path.lambdas, np.float64))[::-1] / sizes[:, None]
     largest = np.abs(correlation).max(axis=1).astype(np.float64) / path.l1_ratio
-    return largest[:, None] * np.geomspace(1, path.ratio, path.count)
+    parts = np.geomspace(1, path.ratio, path.count) if path.count > 1 else np.array([path.ratio])
+    return largest[:, None] * parts
 
 
 def _check_settings(path: Path, solver: Solver) -> None:

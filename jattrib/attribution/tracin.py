@@ -62,7 +62,8 @@ def scores(
         progress: whether to show it.
 
     Raises:
-        InvalidInputError: there is no checkpoint, the tree of one is another, a rate or a score is not finite.
+        InvalidInputError: there is no checkpoint or no example, the tree of a checkpoint is another, a rate or a score
+            is not finite.
     """
     _check(checkpoints)
     total = np.zeros((len(train), len(queries)))

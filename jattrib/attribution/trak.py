@@ -5,6 +5,7 @@ Source: Park et al. 2023, "TRAK: Attributing model behavior at scale", section 3
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -249,7 +250,13 @@ def scores(
     """
     _check_combination(combination)
     total = None
-    for checkpoint, targets in zip(train, queries, strict=True):
+    for checkpoint, targets in zip_longest(train, queries):
+        if checkpoint is None or targets is None:
+            raise InvalidInputError(
+                "features of training examples at more checkpoints than of queries, or the other way round",
+                expected="both at each checkpoint",
+                remedy="pass two lists of one length",
+            )
         damping = relative_damping * mean_eigenvalue(checkpoint.gradients)
         total = add(total, products(checkpoint, targets, damping=damping, rescale=rescale))
     if total is None:

@@ -86,3 +86,14 @@ def test_projected_gradients_are_those_of_single_precision(made):
         np.testing.assert_allclose(streamed, rows, rtol=1e-3, atol=1e-2 * np.abs(rows).max())
         found.append(rows)
     assert np.linalg.norm(found[1] - found[0]) < 0.03 * np.linalg.norm(found[0])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_the_curvature_of_features_in_half_precision_is_summed_in_single(dtype):
+    """Of 8,000 squares of about 9 the sum is beyond float16, and a bfloat16 has 8 bits of it."""
+    rng = np.random.default_rng(0)
+    rows, asked = (3 * rng.normal(size=(8000, 16))).astype(dtype), rng.normal(size=(3, 16)).astype(np.float32)
+    exact = rows.astype(np.float64)
+    gram = exact.T @ exact / 8000
+    wanted = np.linalg.solve(gram + 0.1 * np.trace(gram) / 16 * np.eye(16), asked.T.astype(np.float64)).T
+    np.testing.assert_allclose(features.inverse(rows)(jnp.asarray(asked)), wanted, atol=1e-5 * np.abs(wanted).max())

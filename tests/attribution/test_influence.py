@@ -12,7 +12,7 @@ from jattrib.attribution import features, influence, tracin
 from jattrib.core import mesh as meshes
 from jattrib.core import store, tree
 from jattrib.core.errors import InvalidInputError, StoreError
-from jattrib.core.stream import InMemory
+from jattrib.core.stream import InMemory, Subset
 from jattrib.curvature import arnoldi, ekfac, explicit, krylov, products
 from jattrib.projection import dense, sketch
 from tests.curvature import problems
@@ -328,3 +328,13 @@ def test_bad_input_is_refused():
         quiet(params, InMemory((inputs, labels)), directions, chunk=10)
     with pytest.raises(InvalidInputError, match="one floating-point number"):
         influence.gradients(problems.logits, params, queries())
+    empty = Subset(problems.source(), np.zeros(0, np.int64))
+    for refused in (
+        lambda: influence.gradients(problems.margin, params, empty),
+        lambda: quiet(params, empty, directions),
+        lambda: tracin.scores(
+            problems.loss, problems.margin, [tracin.Checkpoint(params, 0.1)], problems.source(), empty, progress=False
+        ),
+    ):
+        with pytest.raises(InvalidInputError, match="a source of 0 examples"):
+            refused()

@@ -69,6 +69,20 @@ def test_the_path_is_that_of_scikit_learn(problem, x64, l1_ratio):
     np.testing.assert_allclose(info.lambdas[-1] / info.lambdas[0], 0.03)
 
 
+def test_a_path_of_one_penalty_is_its_last_and_penalties_may_be_an_array(problem):
+    masks, outputs = problem
+    _, whole = surrogate.lasso(masks, outputs, path=Path(ratio=0.3, count=3), progress=False)
+    found, info = surrogate.lasso(masks, outputs, path=Path(ratio=0.3, count=1), progress=False)
+    np.testing.assert_allclose(info.lambdas, whole.lambdas[-1:])
+    assert (np.abs(found.coefficients).max(axis=0) > 0.01).all()
+    values = np.array([0.1, 0.5])
+    by_array, by_tuple = (
+        surrogate.lasso(masks, outputs[:, :1], path=Path(lambdas=each), progress=False)[0].coefficients
+        for each in (values, tuple(values.tolist()))
+    )
+    np.testing.assert_array_equal(by_array, by_tuple)
+
+
 @pytest.mark.slow
 def test_single_precision_reaches_the_same(problem):
     """float32 throughout: a gap below 1e-6, and so coefficients to about its root times the outputs."""

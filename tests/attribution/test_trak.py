@@ -235,6 +235,9 @@ def test_bad_features_are_refused(shapes_unchecked):
         trak.scores([few], [query[:, :7]], relative_damping=0.1)
     with pytest.raises(InvalidInputError, match="no checkpoints"):
         trak.scores([], [])
+    for lists in (([few, few], [query]), ([few], [query, query])):
+        with pytest.raises(InvalidInputError, match="pass two lists of one length"):
+            trak.scores(*lists, relative_damping=0.1)
     weights = np.array([1, 1, np.inf, 1, 1], np.float32)
     for value, settings in ((np.nan, {"rescale": True}), (np.inf, {"rescale": False})):
         bad = np.where(np.arange(2)[:, None] == 1, np.float32(value), query)
