@@ -181,7 +181,8 @@ def lasso(
         The surrogate, and `Info` with the duality gap that was reached.
 
     Raises:
-        InvalidInputError: shapes differ, an entry is not finite, or rows, path or precision will not do.
+        InvalidInputError: shapes differ, an entry is not finite, a target too large or small for the precision,
+            or rows, path or precision will not do.
         DivergedError: a gap stays above the tolerance: rounding is in the way.
 
     Source: Ilyas et al. 2022, section 2 and appendix B.  Unlike `fast_l1`, λ_max is that of the standardised columns,
@@ -241,7 +242,8 @@ def ridge(
         standardize: whether the penalty is on weights of columns of unit variance.
 
     Raises:
-        InvalidInputError: shapes differ, an entry is not finite, or a damping is not positive.
+        InvalidInputError: shapes differ, an entry is not finite, a target too large or small for the precision,
+            or a damping is not positive.
 
     Source: Hoerl and Kennard 1970; Allen 1974 (leaving out one row in closed form); with a prior it is generalised
     least squares with the kernel as the covariance.
@@ -289,7 +291,7 @@ def least_squares(masks: Masks, outputs: Outputs, *, weights: Weights | None = N
         weights: of the rows, not negative.
 
     Raises:
-        InvalidInputError: shapes differ, or an entry is not finite.
+        InvalidInputError: shapes differ, an entry is not finite, or a target too large or small for the precision.
     """
     masks, outputs = checked(masks, outputs, None, weights)
     design = make_design(masks, np.ones(len(outputs), bool), weights, standardize=False)
