@@ -258,10 +258,12 @@ def shift_of_masks(
         threshold: in standard errors; chosen on held-out models.
 
     Raises:
-        InvalidInputError: an example of F is in fewer than two subsets, or outside of fewer than two.
+        InvalidInputError: an example of F is in fewer than two subsets, or outside of fewer than two; masks and outputs
+            are not of as many models; an output is not finite; or the threshold is NaN or below zero.
 
     Source: Ilyas et al. 2022, section 3 (difference of conditional means); Georgiev et al. 2024, appendix (denoising).
     """
+    _check_subsets(masks, outputs, threshold)
     inside = np.asarray(masks[:, forget], np.float64)
     counts = inside.sum(axis=0)
     if counts.min() < 2 or (len(masks) - counts).min() < 2:
@@ -285,6 +287,27 @@ def shift_of_masks(
         error = np.sqrt(parts[0][1] + parts[1][1])
         shift[start : start + 4096] = -np.where(np.abs(difference) > threshold * error, difference, 0).sum(axis=0)
     return shift.reshape(outputs.shape[1:])
+
+
+def _check_subsets(masks: Bool[np.ndarray, "m n"], outputs: Float[np.ndarray, "k q c"], threshold: float | int) -> None:
+    if not threshold >= 0:
+        raise InvalidInputError(
+            f"threshold = {threshold}", expected="a number of standard errors, from 0 on", remedy="2 to 3 are usual"
+        )
+    if len(masks) != len(outputs):
+        raise InvalidInputError(
+            f"{len(masks)} masks and outputs of {len(outputs)} models",
+            expected="a mask for each model",
+            remedy="pass the masks that these very models were trained on",
+        )
+    finite = np.isfinite(np.asarray(outputs)).reshape(len(outputs), -1).all(axis=1)
+    if not finite.all():
+        raise InvalidInputError(
+            f"outputs of model {int(finite.argmin())} that are not finite (of {np.count_nonzero(~finite)} of "
+            f"{len(finite)} models)",
+            expected="finite logits",
+            remedy="leave out models that diverged, with their masks",
+        )
 
 
 def shift_of_influence(

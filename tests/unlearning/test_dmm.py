@@ -105,6 +105,20 @@ def test_subset_models_give_denoised_differences():
         dmm.shift_of_masks(masks, outputs, forget)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_subset_models_that_diverged_are_named(value, shapes_unchecked):
+    random = np.random.default_rng(0)
+    masks, outputs, forget = random.random((40, 6)) < 0.5, random.standard_normal((40, 4, 2)), np.arange(2)
+    for threshold in (-1.0, np.nan):
+        with pytest.raises(InvalidInputError, match=f"threshold = {threshold}"):
+            dmm.shift_of_masks(masks, outputs, forget, threshold=threshold)
+    with pytest.raises(InvalidInputError, match="30 masks and outputs of 40 models"):
+        dmm.shift_of_masks(masks[:30], outputs, forget)
+    outputs[7, 2, 1] = outputs[9] = value
+    with pytest.raises(InvalidInputError, match=r"outputs of model 7 that are not finite \(of 2 of 40 models\)"):
+        dmm.shift_of_masks(masks, outputs, forget)
+
+
 def test_influence_predicts_the_shift_of_softmax_regression(trained):
     problem, models, _ = trained
     x, labels = problem.data
