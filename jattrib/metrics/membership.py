@@ -108,6 +108,7 @@ def epsilon(
         oracles: those of models that never saw them.
         delta: δ.
         thresholds: how many, at quantiles of both samples pooled; all midpoints between margins if these are fewer.
+            Whether an attack never errs is decided on all of them.
 
     Raises:
         InvalidInputError: points differ, a margin is not finite, there are fewer than four models on a side, or `delta`
@@ -128,17 +129,22 @@ def epsilon(
 
 
 def _epsilon(p: Float[np.ndarray, " n"], q: Float[np.ndarray, " m"], delta: float, thresholds: int) -> float:
+    if _separate(p, q) or _separate(q, p):  # whatever the thresholds: quantiles may step over what lies between
+        return float("inf")
     edges, rates = _thresholds(np.concatenate([p, q]), thresholds), []
     for each in (p, q):
         below = np.searchsorted(np.sort(each), edges)
         inside = np.subtract.outer(below, below)[np.tril_indices(len(edges), -1)]  # whole numbers: 0 is 0
         rates.append(np.concatenate([inside, len(each) - inside]) / len(each))
     wrong = np.stack([rates[1], 1 - rates[0]])  # false positives: of Q; false negatives: of P
-    if (wrong == 0).all(axis=0).any():
-        return float("inf")
     wrong = wrong[:, (wrong > 0).all(axis=0)]
     right = np.maximum(1 - delta - wrong, np.finfo(np.float64).tiny)  # an attack that is always wrong says nothing
     return float(np.log(right / wrong[::-1]).max(initial=0.0))
+
+
+def _separate(inner: Float[np.ndarray, " n"], outer: Float[np.ndarray, " m"]) -> bool:
+    """Return whether an interval holds all of one sample and none of the other."""
+    return not ((outer >= inner.min()) & (outer <= inner.max())).any()
 
 
 def _thresholds(pooled: Float[np.ndarray, " k"], most: int) -> Float[np.ndarray, " t"]:

@@ -83,6 +83,45 @@ def test_epsilon_is_the_worst_of_all_attacks(delta):
     assert numbers[5] == 13
 
 
+@pytest.mark.parametrize("models", [100, 512])
+def test_laws_that_no_attack_confuses_are_infinitely_apart_whatever_the_thresholds(models):
+    p, q = laws(0.0, n=models, points=7)
+    p[:, 0] += 1000
+    p[:, 1] -= 1000
+    p[:, 2] = np.where(np.arange(models) % 2, 1000, -1000)  # on both sides: q is the block
+    q[:, 3] = np.where(np.arange(models) % 2, 1000, -1000)
+    p[:, 4] += 1000
+    p[0, 4] = 0  # but for one model
+    q[:, 5], p[:, 5] = 1.0, np.where(np.arange(models) % 2, 1.0, 2.0)  # ties
+    for thresholds in (8, 64, 4096):
+        found = membership.epsilon(p, q, thresholds=thresholds).epsilon
+        assert np.isinf(found[:4]).all()
+        assert np.isfinite(found[4:]).all()
+
+
+def test_one_representable_number_apart_is_apart():
+    q = np.ones((6, 1))
+    assert np.isinf(membership.epsilon(np.nextafter(q, 2), q).epsilon[0])
+
+
+def test_laws_that_overlap_score_what_their_thresholds_say():
+    """Exactly, by every interval between the quantiles that are the thresholds."""
+    p, q = laws(0.8, n=100, points=3)
+    found = membership.epsilon(p, q, thresholds=16).epsilon
+    for at in range(3):
+        values = np.unique(np.concatenate([p[:, at], q[:, at]]))
+        edges = np.quantile((values[1:] + values[:-1]) / 2, (np.arange(16) + 0.5) / 16)
+        largest = 0.0
+        for low, high in itertools.combinations([-np.inf, *edges, np.inf], 2):
+            for inside in (True, False):
+                called = [((low < each[:, at]) & (each[:, at] < high)) == inside for each in (p, q)]
+                fpr, fnr = called[1].mean(), (~called[0]).mean()
+                if fpr > 0 and fnr > 0:
+                    for one, other in ((fpr, fnr), (fnr, fpr)):
+                        largest = max(largest, np.log(max(1 - 1e-5 - one, 1e-300) / other))
+        assert found[at] == pytest.approx(largest, rel=1e-10)
+
+
 def test_quality_is_one_where_nothing_can_be_told():
     same = np.ones((10, 4))
     found = membership.epsilon(same, same)
