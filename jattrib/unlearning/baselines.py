@@ -33,7 +33,7 @@ class _CrossEntropy(NamedTuple):
 
 
 class _Distillation(NamedTuple):
-    """`a KL(teacher ‖ student) + b ℓ`, with a and b of each row."""
+    """`a KL(teacher ‖ student) + b ℓ`, with a and b of each row; of a sequence, the mean without its padding."""
 
     apply: Apply
 
@@ -42,6 +42,11 @@ class _Distillation(NamedTuple):
         outputs, state = self.apply(params, state, inputs, train=True)
         ours, theirs = jax.nn.log_softmax(outputs), jax.nn.log_softmax(teacher)
         divergence = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
+        if labels.ndim > 1:
+            kept = labels >= 0
+            divergence = jnp.where(kept, divergence, 0).sum(axis=-1) / jnp.maximum(kept.sum(axis=-1), 1).astype(
+                divergence.dtype
+            )
         return towards * divergence + cross * jax.vmap(mean_loss)(outputs, labels), state
 
 
@@ -331,8 +336,9 @@ def _relabelled(problem: Problem, models: Models, keys: Any, settings: Settings,
     retain = _sample(keys[0], problem.retain, part)
     inputs, labels = _batch(problem, np.concatenate([problem.forget, retain]))
     count, classes = len(problem.forget), _classes(problem, models)
-    shifts = jax.random.randint(jax.random.fold_in(keys[0], 1), (count,), 1, classes)
-    wrong = (labels[:count] + np.asarray(shifts)) % classes
+    own = labels[:count]
+    shifts = np.asarray(jax.random.randint(jax.random.fold_in(keys[0], 1), own.shape, 1, classes))
+    wrong = np.where(own < 0, own, (own + shifts) % classes)  # padding stays padding
     labels = np.concatenate([wrong, labels[count:]]).astype(labels.dtype)
     steps = finetune.shuffled(keys, len(labels), settings)
     return _descend(problem, models, (inputs, labels), steps, settings, movable)
@@ -361,8 +367,10 @@ def _check_part(name: str, value: float) -> None:
 
 
 def _errors(problem: Problem, models: Models) -> Float[np.ndarray, " models"]:
+    """Return the part of F's labels, padding aside, that each model gets wrong."""
     inputs, labels = _batch(problem, problem.forget)
-    return (finetune.logits(problem.apply, models, inputs).argmax(axis=-1) != labels).mean(axis=-1)
+    wrong = finetune.logits(problem.apply, models, inputs).argmax(axis=-1) != labels
+    return wrong[:, labels >= 0].mean(axis=-1)
 
 
 def _largest(gradients: Params, part: float) -> Params:

@@ -40,12 +40,12 @@ class Problem(NamedTuple):
 
     Attributes:
         apply: the models' forward pass.
-        data: the training set, `(inputs, labels)`.
+        data: the training set, `(inputs, labels)`; labels of sequences are below zero where they are padding.
         forget: the indices F of the examples to forget.
     """
 
     apply: Apply
-    data: tuple[Batch, Int[np.ndarray, " n"]]
+    data: tuple[Batch, Int[np.ndarray, "n *t"]]
     forget: Int[np.ndarray, " f"]
 
     @property
@@ -100,7 +100,7 @@ class Steps(NamedTuple):
         return self.rates.shape[0]
 
 
-def problem(apply: Apply, data: tuple[Batch, Int[np.ndarray, " n"]], forget: Int[np.ndarray, " f"]) -> Problem:
+def problem(apply: Apply, data: tuple[Batch, Int[np.ndarray, "n *t"]], forget: Int[np.ndarray, " f"]) -> Problem:
     """Return the problem of forgetting some examples, checked.
 
     Raises:
@@ -360,7 +360,7 @@ def _check_finite(models: Models) -> None:
         )
 
 
-def logits(apply: Apply, models: Models, inputs: Batch, *, chunk: int = 4096) -> Float[np.ndarray, "models q c"]:
+def logits(apply: Apply, models: Models, inputs: Batch, *, chunk: int = 4096) -> Float[np.ndarray, "models q *t c"]:
     """Return every model's logits of some inputs, on the host."""
     count = len(jax.tree.leaves(inputs)[0])
     parts = [
@@ -371,7 +371,7 @@ def logits(apply: Apply, models: Models, inputs: Batch, *, chunk: int = 4096) ->
 
 
 @partial(jax.jit, static_argnums=0)
-def _logits(apply: Apply, models: Models, inputs: Batch) -> Float[Array, "models q c"]:
+def _logits(apply: Apply, models: Models, inputs: Batch) -> Float[Array, "models q *t c"]:
     return jax.vmap(lambda params, state: apply(params, state, inputs, train=False)[0])(models.params, models.state)
 
 

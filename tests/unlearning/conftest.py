@@ -13,6 +13,22 @@ def linear(params, state, x, *, train=False):
     return x @ params["kernel"] + params["bias"][None], state
 
 
+def by_token(params, state, x, *, train=False):
+    return x @ params["kernel"] + params["bias"][None, None], state
+
+
+@pytest.fixture
+def sequences(task):
+    """The same linear models of every token of twelve sequences, which end in padding, and five of them to forget."""
+    _, models, keys = task
+    random = np.random.default_rng(5)
+    x = random.standard_normal((12, 4, 4)).astype(np.float32)
+    labels = random.integers(0, CLASSES, (12, 4)).astype(np.int32)
+    labels[np.arange(4)[None, :] >= random.integers(1, 5, 12)[:, None]] = -1
+    assert (labels[:5] < 0).any()
+    return finetune.problem(by_token, (x, labels), np.arange(5)), models, keys
+
+
 @pytest.fixture
 def task():
     """Two linear classifiers of sixty examples, a little trained, and five examples to forget."""

@@ -40,6 +40,33 @@ def minimum(x, labels, *, damping):
     return theta
 
 
+def followed(theta, x, labels, phases):
+    """Phases of gradient descent with momentum .9, each from rest, on sequences `[n, t]`; padding is below zero.
+
+    A phase is its rate and its steps; a step is a list of `(examples, weights of them, towards)`: it descends the sum
+    of `Σ_i w_i (towards_i KL(p_0 ‖ p) + (1 − towards_i) ℓ_i) / m` of each, with m examples and means over tokens.
+    """
+
+    def towards(theta, at):
+        return probabilities(theta, x[at].reshape(-1, x.shape[-1])).reshape(*labels[at].shape, -1)
+
+    start = theta
+    for rate, steps in phases:
+        velocity = 0.0
+        for parts in steps:
+            gradient = 0.0
+            for at, weight, part in parts:
+                p, kept = towards(theta, at), labels[at] >= 0
+                share = kept / np.maximum(kept.sum(axis=1, keepdims=True), 1) / len(at)
+                goal = part * towards(start, at) + (1 - part) * np.eye(theta.shape[1])[labels[at]]
+                residual = (p - goal) * (share * np.broadcast_to(weight, len(at))[:, None])[..., None]
+                z = extended(x[at].reshape(-1, x.shape[-1]))
+                gradient = gradient + z.T @ residual.reshape(-1, theta.shape[1])
+            velocity = 0.9 * velocity + gradient
+            theta = theta - rate * velocity
+    return theta
+
+
 def stacked(params, at):
     """The parameters of one of the linear models, as here."""
     return np.concatenate([np.asarray(params["kernel"][at]), np.asarray(params["bias"][at])[None]]).astype(np.float64)

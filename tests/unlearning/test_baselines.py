@@ -136,6 +136,65 @@ def test_scrub_rewinds_to_the_epoch_of_the_error_that_is_asked_for(task):
         np.testing.assert_allclose(found.params["kernel"][model], ends[end].params["kernel"][model], rtol=1e-5)
 
 
+def relabelled(monkeypatch, unlearn, problem, models, keys):
+    """The labels that a method trains on, and the models that it leaves."""
+    seen = []
+    descend = baselines._descend
+    monkeypatch.setattr(baselines, "_descend", lambda *all_: seen.append(all_[2][1]) or descend(*all_))
+    return unlearn(problem, models, keys), seen[0]
+
+
+def assert_followed(found, models, x, labels, phases):
+    for model in range(models.size):
+        theta = oracles.stacked(models.params, model)
+        expected = oracles.followed(theta, x.astype(np.float64), labels, phases)
+        assert np.abs(expected - theta).max() > 1e-2
+        np.testing.assert_allclose(oracles.stacked(found.params, model), expected, rtol=1e-4, atol=2e-6)
+
+
+FORGET, RETAIN, EVERY_SEQUENCE = np.arange(5), np.arange(5, 12), np.arange(12)
+FULL = Settings(epochs=1, batch_size=64, learning_rate=0.3, optimizer="sgd")
+
+
+@pytest.mark.parametrize("name", ["random_labels", "salun"])
+def test_sequences_are_relabelled_token_by_token_and_keep_their_padding(sequences, monkeypatch, name):
+    problem, models, keys = sequences
+    whole = {"saliency": 1.0} if name == "salun" else {}
+    unlearn = partial(getattr(baselines, name), settings=FULL, **whole)
+    found, labels = relabelled(monkeypatch, unlearn, problem, models, keys)
+    true = problem.data[1]
+    np.testing.assert_array_equal(labels < 0, true < 0)
+    np.testing.assert_array_equal(labels[5:], true[5:])
+    real = true[:5] >= 0
+    shifts = (labels[:5] - true[:5])[real] % 3
+    assert set(shifts) == {1, 2}
+    assert labels[:5][real].min() >= 0
+    assert_followed(found, models, problem.data[0], labels, [(0.3, [[(EVERY_SEQUENCE, 1.0, 0.0)]])])
+
+
+def test_scrub_of_sequences_is_the_mean_over_tokens(sequences):
+    problem, models, keys = sequences
+    settings = FULL._replace(epochs=2, decay=0.5)
+    found = baselines.scrub(problem, models, keys, settings=settings, ascents=2, alpha=0.7, gamma=1.9)
+    retained = [(RETAIN, 0.7, 1.0), (RETAIN, 1.9, 0.0)]
+    phases = [(rate, [[(FORGET, -1.0, 1.0)], retained]) for rate in (0.3, 0.15)]
+    assert_followed(found, models, *problem.data, phases)
+
+
+def test_errors_of_sequences_leave_padding_out(sequences):
+    problem, models, _ = sequences
+    x, labels = (each[:5] for each in problem.data)
+    expected = []
+    for model in range(2):
+        theta = oracles.stacked(models.params, model)
+        wrong = [
+            (oracles.extended(tokens) @ theta).argmax(axis=1)[own >= 0] != own[own >= 0]
+            for tokens, own in zip(x, labels, strict=True)
+        ]
+        expected.append(np.concatenate(wrong).mean())
+    np.testing.assert_allclose(baselines._errors(problem, models), expected)
+
+
 def test_parts_are_parts(task):
     problem, models, keys = task
     with pytest.raises(InvalidInputError, match="part = 0"):
