@@ -305,8 +305,8 @@ def _tune_on_one_core(
 def _tune_on_cores(
     loss: loop.LossFn, optimizer: str, rows: Batch, steps: Steps, each: tuple[Models, Any, Any]
 ) -> Models:
-    steps, each = jax.tree.map(np.asarray, (steps, each))
-    count = each[0].size
+    steps, each = jax.tree.map(_on_host, (steps, each))
+    count, wide = each[0].size, jax.config.read("jax_enable_x64")
     sharing = count // steps.orders
     most = _together(loss, rows, each, steps.orders)
 
@@ -315,12 +315,18 @@ def _tune_on_cores(
         stop = min(start + most, (order + 1) * sharing)
         mine = jax.tree.map(lambda leaf: leaf[start:stop], each)
         one = jax.tree.map(lambda leaf: leaf[order], steps)
-        return jax.block_until_ready(_tune_on_one_core(loss, optimizer, rows, one, *mine))
+        with jax.enable_x64(wide):  # a thread has settings of its own
+            return jax.block_until_ready(_tune_on_one_core(loss, optimizer, rows, one, *mine))
 
     starts = [first + offset for first in range(0, count, sharing) for offset in range(0, sharing, most)]
     with ThreadPoolExecutor(meshes.cores()) as pool:
         found = list(pool.map(run, starts))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
+
+
+def _on_host(leaf: Any) -> Any:
+    """Return an array as NumPy's, whose parts cost nothing; typed keys, of which it knows nothing, as they are."""
+    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
 
 
 def _together(loss: loop.LossFn, rows: Batch, each: tuple[Models, Any, Any], orders: int) -> int:

@@ -101,6 +101,51 @@ def test_models_on_cores_of_their_own_are_those_side_by_side(task):
     np.testing.assert_array_equal(threads.params["kernel"][1], models.params["kernel"][1])
 
 
+def dropping(params, state, x, *, train=False):
+    """The linear model behind dropout, whose key is in the model's state."""
+    if not train:
+        return linear(params, state, x)
+    key, own = jax.random.split(state["key"])
+    kept = jax.random.bernoulli(own, 0.5, x.shape).astype(x.dtype)
+    return linear(params, state, x * kept * 2)[0], {"key": key}
+
+
+def test_keys_in_a_models_state_go_to_its_core_and_come_back(task):
+    problem, models, keys = task
+    models = models._replace(state={"key": jax.random.split(jax.random.key(7), 2)})
+    rows = problem.data[0]
+    own = np.random.default_rng(1).standard_normal((2, len(rows), 3)).astype(np.float32)
+    steps = finetune.shuffled(keys, len(rows), Settings(2, 16, 1e-2))
+    threads, vmap = (
+        finetune.tune(dmm._Matching(dropping), models, rows, own, steps, strategy=each) for each in ("threads", "vmap")
+    )
+    np.testing.assert_allclose(threads.params["kernel"], vmap.params["kernel"], rtol=1e-5, atol=1e-6)
+    expected = models.state["key"]
+    for _ in range(8):
+        expected = jax.vmap(jax.random.split, out_axes=1)(expected)[0]
+    assert threads.state["key"].dtype == expected.dtype
+    np.testing.assert_array_equal(jax.random.key_data(threads.state["key"]), jax.random.key_data(expected))
+
+
+def test_cores_have_the_callers_precision(task):
+    problem, models, keys = task
+    with jax.enable_x64(True):
+        models = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), models)
+        x = problem.data[0].astype(np.float64)
+        own = np.random.default_rng(1).standard_normal((2, len(x), 3))
+        steps = finetune.shuffled(keys, len(x), Settings(1, 60, 0.1, optimizer="sgd"))
+        found = finetune.tune(
+            dmm._Matching(problem.apply), models, x, own, steps, optimizer="sgd", strategy="threads"
+        )  # fmt: skip
+        assert found.params["kernel"].dtype == np.float64
+        rate = np.float64(np.float32(0.1))
+        for model in range(2):
+            theta = oracles.stacked(models.params, model)
+            difference = oracles.extended(x) @ theta - own[model]
+            expected = theta - rate * oracles.extended(x).T @ difference * 2 / 3 / 60
+            np.testing.assert_allclose(oracles.stacked(found.params, model), expected, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("strategy", ["threads", "vmap"])
 def test_consecutive_models_share_an_order_where_there_are_fewer(task, monkeypatch, strategy):
     problem, models, keys = task
