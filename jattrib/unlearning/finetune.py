@@ -200,8 +200,10 @@ def _weighted(order: loop.Schedule) -> Any:
 
 
 def _padded(order: loop.Schedule, size: int) -> loop.Schedule:
-    widths = [(0, 0), (0, 0), (0, size - order.indices.shape[-1])]
-    return jax.tree.map(lambda leaf: jnp.pad(leaf, widths), _weighted(order))
+    """Return an order whose batches are padded with their own rows again, so that batch statistics see no others."""
+    width = order.indices.shape[-1]
+    padded = jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, 0), (0, 0), (0, size - width)]), _weighted(order))
+    return padded._replace(indices=order.indices[..., np.arange(size) % width])
 
 
 def tune(

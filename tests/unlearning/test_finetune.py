@@ -76,6 +76,40 @@ def test_phases_follow_one_another(task):
     np.testing.assert_array_equal(joined.order.valid.sum(-1), [[2, 1, 4]] * 2)
 
 
+def normalised(params, state, x, *, train=False):
+    """The linear model behind batch normalisation."""
+    mean, spread = (x.mean(axis=0), x.var(axis=0)) if train else (state["mean"], state["spread"])
+    new = {"mean": 0.9 * state["mean"] + 0.1 * mean, "spread": 0.9 * state["spread"] + 0.1 * spread}
+    return linear(params, (), (x - mean[None]) / jnp.sqrt(spread + 1e-5)[None])[0], new if train else state
+
+
+def test_batch_statistics_see_no_row_but_the_batchs_own(task):
+    """Batches of 2 are padded to 8: their mean and variance are those of the 2 alone, and so are the gradients."""
+    problem, models, keys = task
+    rows = problem.data[0][20:32]
+    models = models._replace(state={"mean": jnp.zeros((2, 4)), "spread": jnp.ones((2, 4))})
+    settings = Settings(1, 2, 0.1, optimizer="sgd")
+    away, back = finetune.shuffled(keys, 4, settings), finetune.shuffled(keys, 8, settings._replace(batch_size=8))
+    back = back._replace(order=back.order._replace(indices=back.order.indices + jnp.int32(4)))
+    own = np.random.default_rng(1).standard_normal((2, 12, 3)).astype(np.float32)
+    found = finetune.tune(
+        dmm._Matching(normalised), models, rows, own, finetune.then(away, back), optimizer="sgd"
+    )  # fmt: skip
+    for model in range(2):
+        mean, spread, theta, velocity = 0.0, 1.0, oracles.stacked(models.params, model), 0.0
+        batches = [np.asarray(each) for steps in (away, back) for each in steps.order.indices[model]]
+        for at in batches:
+            x = rows[at].astype(np.float64)
+            mean, spread = 0.9 * mean + 0.1 * x.mean(axis=0), 0.9 * spread + 0.1 * x.var(axis=0)
+            z = oracles.extended((x - x.mean(axis=0)) / np.sqrt(x.var(axis=0) + 1e-5))
+            velocity = 0.9 * velocity + z.T @ (z @ theta - own[model][at]) * 2 / 3 / len(at)
+            theta = theta - 0.1 * velocity
+        assert [len(at) for at in batches] == [2, 2, 8]
+        np.testing.assert_allclose(found.state["mean"][model], mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.state["spread"][model], spread, rtol=1e-5)
+        np.testing.assert_allclose(oracles.stacked(found.params, model), theta, rtol=1e-3, atol=1e-4)
+
+
 def test_models_do_not_see_one_another(task):
     problem, models, keys = task
     chosen = dmm.rows(problem, jax.random.key(2))
