@@ -158,7 +158,9 @@ def scrub(
 
     The first `ascents` epochs begin with a pass over F that ascends `KL(teacher ‖ student)`; every epoch has a pass
     over R that descends `α KL(teacher ‖ student) + γ ℓ`.  The teacher is the trained model, and stays as it is; the
-    student is what moves.
+    student is what moves.  The optimiser starts anew with every epoch, at a rate that decays from epoch to epoch.  At
+    the very first ascent the student is still its teacher and the divergence's gradient zero: that step moves nothing
+    but for rounding, which Adam scales up to whole steps, and the first epoch's ascent begins with the second.
 
     Args:
         problem: what is to be forgotten.
@@ -173,8 +175,16 @@ def scrub(
         rewind: SCRUB+R: for each model the error on F to rewind to, that of data like F which the model has not seen:
             of the models after each epoch, the one whose error on F is nearest is returned.
 
+    Raises:
+        InvalidInputError: there is no epoch, or `part` is no part.
+        DivergedError: a model's parameters are no longer finite.
+
     Source: Kurmanji et al. 2023, algorithm 1, and section 4.1 (rewinding).
     """
+    if settings.epochs < 1:
+        raise InvalidInputError(
+            f"epochs = {settings.epochs}", expected="at least one epoch", remedy="`nothing` leaves models as they are"
+        )
     retain = _sample(keys[0], problem.retain, part)
     examples = np.concatenate([problem.forget, retain])
     forgotten = len(problem.forget)
