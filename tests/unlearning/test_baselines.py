@@ -195,6 +195,97 @@ def test_errors_of_sequences_leave_padding_out(sequences):
     np.testing.assert_allclose(baselines._errors(problem, models), expected)
 
 
+def as_sequences(problem):
+    """The examples of a classifier as sequences of one token."""
+    return problem.data[0][:, None], problem.data[1][:, None]
+
+
+def test_scrub_is_its_equations(task):
+    """Phases from rest: over F in small batches away from the teacher, over R at full batch; rates decay by epoch."""
+    problem, models, keys = task
+    settings = FULL._replace(epochs=3, decay=0.5)
+    found = baselines.scrub(
+        problem, models, keys, settings=settings, ascents=2, forget_batch=2, alpha=0.6, gamma=1.7, part=0.4
+    )  # fmt: skip
+    chosen = baselines._sample(keys[0], problem.retain, 0.4)
+    assert len(np.unique(chosen)) == 22
+    retained = [(chosen, 0.6, 1.0), (chosen, 1.7, 0.0)]
+    for model in range(2):
+        phases = []
+        for epoch in range(3):
+            own = jax.random.fold_in(keys[model], epoch)[None]
+            order = finetune.shuffled(own, 5, FULL._replace(batch_size=2)).order
+            away = [np.asarray(at)[np.asarray(ok)] for at, ok in zip(order.indices[0], order.valid[0], strict=True)]
+            assert [len(at) for at in away] == [2, 2, 1]
+            ascents = [[(problem.forget[at], -1.0, 1.0)] for at in away] if epoch < 2 else []
+            phases.append((0.3 * 0.5**epoch, [*ascents, retained]))
+        one = jax.tree.map(lambda leaf, at=model: leaf[at : at + 1], models)
+        mine = jax.tree.map(lambda leaf, at=model: leaf[at : at + 1], found)
+        assert_followed(mine, one, *as_sequences(problem), phases)
+
+
+def test_neggrad_plus_is_its_equation(task):
+    """A full batch of each: `β mean_R ℓ − (1 − β) mean_F ℓ`, of a part of R."""
+    problem, models, keys = task
+    found = baselines.neggrad_plus(problem, models, keys, settings=FULL, balance=0.8, part=0.4)
+    chosen = baselines._sample(keys[0], problem.retain, 0.4)
+    assert len(chosen) == 22
+    step = [(chosen, 0.8, 0.0), (problem.forget, -0.2, 0.0)]
+    assert_followed(found, models, *as_sequences(problem), [(0.3, [step])])
+
+
+def test_ascent_descent_is_its_equation(task):
+    """One mean over both, in which F's losses ascend."""
+    problem, models, keys = task
+    found = baselines.ascent_descent(problem, models, keys, settings=FULL, ascent=0.7, part=0.2)
+    chosen = baselines._sample(keys[0], problem.retain, 0.2)
+    assert len(chosen) == 11
+    both, weights = np.concatenate([chosen, problem.forget]), np.repeat([1.0, -0.7], [11, 5])
+    assert_followed(found, models, *as_sequences(problem), [(0.3, [[(both, weights, 0.0)]])])
+
+
+def test_ascent_and_descent_alone_are_their_equations(task):
+    problem, models, keys = task
+    sequences = as_sequences(problem)
+    away = baselines.gradient_ascent(problem, models, keys, settings=FULL)
+    assert_followed(away, models, *sequences, [(0.3, [[(problem.forget, -1.0, 0.0)]])])
+    back = baselines.retain_descent(problem, models, keys, settings=FULL, part=0.3)
+    chosen = baselines._sample(keys[0], problem.retain, 0.3)
+    assert len(chosen) == 16
+    assert_followed(back, models, *sequences, [(0.3, [[(chosen, 1.0, 0.0)]])])
+
+
+def test_random_labels_are_wrong_every_one_and_of_every_class(task, monkeypatch):
+    problem, models, keys = task
+    problem = finetune.problem(problem.apply, problem.data, np.arange(30))
+    unlearn = partial(baselines.random_labels, settings=FULL, part=0.5)
+    found, labels = relabelled(monkeypatch, unlearn, problem, models, keys)
+    chosen = baselines._sample(keys[0], problem.retain, 0.5)
+    true = problem.data[1]
+    assert len(labels) == 45
+    np.testing.assert_array_equal(labels[30:], true[chosen])
+    assert (labels[:30] != true[:30]).all()
+    pairs = set(zip(true[:30].tolist(), labels[:30].tolist(), strict=True))
+    assert pairs == {(a, b) for a in range(3) for b in range(3) if a != b}
+    x = problem.data[0][np.concatenate([problem.forget, chosen])]
+    assert_followed(found, models, x[:, None], labels[:, None], [(0.3, [[(np.arange(45), 1.0, 0.0)]])])
+
+
+@pytest.mark.parametrize(("part", "count"), [(0.4, 22), (0.5, 28), (1e-6, 1), (1.0, 55)])
+def test_a_part_of_what_is_retained_is_so_many_of_it(task, part, count):
+    problem, _, keys = task
+    chosen = baselines._sample(keys[0], problem.retain, part)
+    assert len(chosen) == len(np.unique(chosen)) == count
+    assert set(chosen) <= set(problem.retain)
+
+
+@pytest.mark.parametrize("rewind", [None, np.zeros(2)])
+def test_scrub_without_an_epoch_is_refused(task, rewind):
+    problem, models, keys = task
+    with pytest.raises(InvalidInputError, match=r"epochs = 0\n.*at least one epoch"):
+        baselines.scrub(problem, models, keys, settings=BRISK._replace(epochs=0), rewind=rewind)
+
+
 def test_parts_are_parts(task):
     problem, models, keys = task
     with pytest.raises(InvalidInputError, match="part = 0"):
