@@ -8,7 +8,7 @@ Source: Georgiev et al. 2024, section 2.2 and appendix A.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
@@ -82,9 +82,9 @@ def klom(
 
     Raises:
         InvalidInputError: points differ, a margin is NaN, there are fewer models than bins or fewer points than a
-            percentile needs; or, of the Gaussian form, the margins of a point do not vary.
+            percentile needs; there is no such form; or, of the Gaussian form, the margins of a point do not vary.
     """
-    p, q = _check(unlearned, oracles, bins if form == "binned" else FEWEST)
+    p, q = _check(unlearned, oracles, _fewest(form, bins))
     _check_points(p.shape[1], percentiles)
     per_point = _binned(p, q, bins) if form == "binned" else _gaussian(p, q)
     draws = _resampled(p, q, key, form, bins, resamples)
@@ -134,7 +134,7 @@ def average(
 
     Source: Georgiev et al. 2024, section 5 (the average of 95th percentiles over forget, retain and validation set).
     """
-    p, q = _check(unlearned, oracles, bins if form == "binned" else FEWEST)
+    p, q = _check(unlearned, oracles, _fewest(form, bins))
     for part in parts:
         _check_points(len(part), [percentile])
     per_point = _binned(p, q, bins) if form == "binned" else _gaussian(p, q)
@@ -219,7 +219,7 @@ def floor(
     """
     random = bootstrap.generator(key)
     p, q = (random.standard_normal((count, points)) for count in (models, oracles))
-    p, q = _check(p, q, bins if form == "binned" else FEWEST)
+    p, q = _check(p, q, _fewest(form, bins))
     _check_points(points, percentiles)
     found = _binned(p, q, bins) if form == "binned" else _gaussian(p, q)
     return Floor(float(found.mean()), {part: float(np.percentile(found, part)) for part in percentiles})
@@ -300,6 +300,15 @@ def _moments(
     moved = margins - centre
     mean = counts @ moved / count
     return centre + mean, (counts @ np.square(moved) / count - np.square(mean)) * (count / (count - 1))
+
+
+def _fewest(form: str, bins: int) -> int:
+    """Return how many models a form needs."""
+    if form not in get_args(Form):
+        raise InvalidInputError(
+            f"form = {form!r}", expected=f"one of {', '.join(get_args(Form))}", remedy="binned is the published metric"
+        )
+    return bins if form == "binned" else FEWEST
 
 
 def _check(

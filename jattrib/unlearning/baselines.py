@@ -345,18 +345,13 @@ def _offset(steps: finetune.Steps, start: int) -> finetune.Steps:
 def _relabelled(problem: Problem, models: Models, keys: Any, settings: Settings, part: float, movable: Any) -> Models:
     retain = _sample(keys[0], problem.retain, part)
     inputs, labels = _batch(problem, np.concatenate([problem.forget, retain]))
-    count, classes = len(problem.forget), _classes(problem, models)
+    count, classes = len(problem.forget), finetune.output_shape(problem, models)[-1]
     own = labels[:count]
     shifts = np.asarray(jax.random.randint(jax.random.fold_in(keys[0], 1), own.shape, 1, classes))
     wrong = np.where(own < 0, own, (own + shifts) % classes)  # padding stays padding
     labels = np.concatenate([wrong, labels[count:]]).astype(labels.dtype)
     steps = finetune.shuffled(keys, len(labels), settings)
     return _descend(problem, models, (inputs, labels), steps, settings, movable)
-
-
-def _classes(problem: Problem, models: Models) -> int:
-    one = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], problem.data[0])
-    return jax.eval_shape(partial(finetune._logits, problem.apply), models, one).shape[-1]
 
 
 def _sample(key: Key[Array, ""], indices: np.ndarray, part: float) -> np.ndarray:

@@ -90,7 +90,7 @@ def match(
     problem: Problem,
     models: Models,
     chosen: Rows,
-    targets: Float[Array | np.ndarray, "models s c"],
+    targets: Float[Array | np.ndarray, "models s *t c"],
     keys: Key[Array, " orders"],
     *,
     settings: Settings = DEFAULT,
@@ -108,14 +108,15 @@ def match(
         mesh: spreads the models over its first axis.
 
     Raises:
-        InvalidInputError: targets are not as many as models, or not of S, or the keys do not divide the models.
+        InvalidInputError: targets are not as many as models, or not of S and of all logits; or the keys do not divide
+            the models.
         DivergedError: a model's parameters are no longer finite.
     """
-    shape = (models.size, len(chosen.examples))
-    if tuple(np.shape(targets)[:2]) != shape:
+    shape = (models.size, len(chosen.examples), *finetune.output_shape(problem, models))
+    if np.shape(targets) != shape:
         raise InvalidInputError(
             f"targets of shape {np.shape(targets)}",
-            expected=f"targets for {shape[0]} models and {shape[1]} examples",
+            expected=f"targets for {shape[0]} models and {shape[1]} examples: an array of shape {shape}",
             remedy="compute the targets on `Rows.examples`, from the logits of these very models",
         )
     inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen.examples[chosen.draws]], problem.data[0])
@@ -185,15 +186,15 @@ def oracle_matching(
     return match(problem, models, chosen, targets, keys, settings=settings, mesh=mesh)
 
 
-def _logits(problem: Problem, models: Models, chosen: Rows) -> Float[np.ndarray, "models s c"]:
+def _logits(problem: Problem, models: Models, chosen: Rows) -> Float[np.ndarray, "models s *t c"]:
     """Return the logits of the examples of S."""
     inputs = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen.examples], problem.data[0])
     return finetune.logits(problem.apply, models, inputs)
 
 
 def direct(
-    own: Float[np.ndarray, "models q c"], shift: Float[np.ndarray, "_ _"], *, multiplier: float | int = 1.0
-) -> Float[np.ndarray, "models q c"]:
+    own: Float[np.ndarray, "models q *t c"], shift: Float[np.ndarray, "..."], *, multiplier: float | int = 1.0
+) -> Float[np.ndarray, "models q *t c"]:
     """Return `f(x; θ) + m s(x)`: the corrected logits themselves, with no weight changed (DM-direct)."""
     if own.shape[1:] != np.shape(shift):
         raise InvalidInputError(

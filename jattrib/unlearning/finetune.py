@@ -104,10 +104,24 @@ def problem(apply: Apply, data: tuple[Batch, Int[np.ndarray, "n *t"]], forget: I
     """Return the problem of forgetting some examples, checked.
 
     Raises:
-        InvalidInputError: `forget` is empty, covers everything, names an example twice, or one that is not there.
+        InvalidInputError: `forget` is empty, covers everything, names an example twice, or one that is not there, or is
+            no row of whole numbers; or there are not as many labels as inputs.
     """
     forget, n = np.asarray(forget), len(data[1])
+    lengths = {len(leaf) for leaf in jax.tree.leaves(data[0])}
+    if lengths != {n}:
+        raise InvalidInputError(
+            f"{n} labels, and inputs of {' and '.join(map(str, sorted(lengths)))} examples",
+            expected="a label for every example",
+            remedy="pass inputs and labels of the same examples, in the same order",
+        )
     remedy = f"give the indices of the examples to forget, each once, from 0 to {n - 1}"
+    if forget.ndim != 1 or (forget.size > 0 and forget.dtype.kind not in "iu"):
+        raise InvalidInputError(
+            f"a forget set of {forget.dtype} of shape {forget.shape}",
+            expected="one row of whole numbers",
+            remedy=remedy + ": np.flatnonzero(mask), if you have a mask",
+        )
     if forget.size == 0 or forget.size >= n:
         raise InvalidInputError(
             f"a forget set of {forget.size} of {n} examples",
@@ -233,13 +247,15 @@ def tune(
         movable: a pytree like the models' parameters of factors between 0 and 1 for the updates; none when left out.
         mesh: spreads the models over its first axis: the orders, or those that share one.
         strategy: `vmap`: side by side in one program; `threads`, for the CPU: a program of one thread on each core,
-            for one model at a time, or a few that share an order; `auto`: the latter on the CPU without a mesh.
-            Models agree to rounding.
+            for one model at a time, or a few that share an order, without a mesh; `auto`: the latter on the CPU
+            without a mesh.  Models agree to rounding.
 
     Raises:
         DivergedError: a model's parameters are no longer finite.
-        InvalidInputError: the orders do not divide the models, or the mesh neither orders nor those that share one.
+        InvalidInputError: the orders do not divide the models, or the mesh neither orders nor those that share one;
+            there is no such optimiser or strategy, or threads are to share a mesh.
     """
+    _check_choices(optimizer, strategy, mesh)
     sharing = models.size // max(1, steps.orders)
     if sharing * steps.orders != models.size:
         raise InvalidInputError(
@@ -256,6 +272,21 @@ def tune(
         found = jax.tree.map(lambda leaf: leaf.reshape(models.size, *leaf.shape[2:]), found)
     _check_finite(found)
     return found
+
+
+def _check_choices(optimizer: str, strategy: str, mesh: jax.sharding.Mesh | None) -> None:
+    for name, value, known in (
+        ("optimizer", optimizer, ("adam", "sgd")),
+        ("strategy", strategy, ("auto", "vmap", "threads")),
+    ):
+        if value not in known:
+            raise InvalidInputError(
+                f"{name} = {value!r}", expected=f"one of {', '.join(known)}", remedy=f"{known[0]} is the default"
+            )
+    if strategy == "threads" and mesh is not None:
+        raise InvalidInputError(
+            "strategy 'threads' on a mesh", expected="'vmap' or 'auto'", remedy="choose either, or pass no mesh"
+        )
 
 
 def _spread(rows: Batch, steps: Steps, each: Any, mesh: jax.sharding.Mesh | None) -> tuple[Any, ...]:
@@ -366,6 +397,12 @@ def _check_finite(models: Models) -> None:
             expected="finite parameters after fine-tuning",
             remedy="lower the learning rate, or take fewer steps: ascent has no minimum to stop at",
         )
+
+
+def output_shape(problem: Problem, models: Models) -> tuple[int, ...]:
+    """Return the shape of a model's logits of one example; nothing is computed."""
+    one = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], problem.data[0])
+    return jax.eval_shape(partial(_logits, problem.apply), models, one).shape[2:]
 
 
 def logits(apply: Apply, models: Models, inputs: Batch, *, chunk: int = 4096) -> Float[np.ndarray, "models q *t c"]:

@@ -136,6 +136,17 @@ def test_summary_and_its_intervals(key, form):
     assert found.mean.low < np.mean(again) < found.mean.high
 
 
+def test_a_form_that_is_none_is_refused(key, shapes_unchecked):
+    p, q = laws(points=100)
+    for run in (
+        lambda: klom.klom(p, q, key=key, form="Binned"),
+        lambda: klom.average(p, q, [np.arange(100)], key=key, form="Binned"),
+        lambda: klom.floor(30, 30, key=key, form="Binned"),
+    ):
+        with pytest.raises(InvalidInputError, match=r"form = 'Binned'\n.*one of binned, gaussian"):
+            run()
+
+
 def test_refuses_what_it_cannot_tell_apart(key, shapes_unchecked):
     p, q = laws(points=100)
     with pytest.raises(InvalidInputError, match=r"margins of shapes \(100, 99\) and \(90, 100\)"):

@@ -54,6 +54,15 @@ def test_matching_oracles_makes_oracles_of_models(task, orders):
         np.testing.assert_allclose(leaf, 1, atol=2e-3)
 
 
+@pytest.mark.parametrize("classes", [(), (1,), (4,), (1, 3)])
+def test_targets_that_are_not_of_all_logits_are_refused(task, classes, shapes_unchecked):
+    problem, models, keys = task
+    chosen = dmm.rows(problem, jax.random.key(0))
+    targets = np.zeros((2, len(chosen.examples), *classes), np.float32)
+    with pytest.raises(InvalidInputError, match=r"an array of shape \(2, 60, 3\)"):
+        dmm.match(problem, models, chosen, targets, keys)
+
+
 def test_targets_of_others_are_refused(task):
     problem, models, keys = task
     chosen = dmm.rows(problem, jax.random.key(0))

@@ -27,6 +27,47 @@ def test_a_forget_set_that_makes_no_sense_is_refused(task, forget, said):
         finetune.problem(problem.apply, problem.data, np.array(list(forget), np.int64))
 
 
+@pytest.mark.parametrize(
+    ("forget", "said"),
+    [
+        ([1.0, 3.0], r"a forget set of float64 of shape \(2,\)"),
+        ([np.nan, 3.0], r"a forget set of float64 of shape \(2,\)"),
+        ([True, False], r"a forget set of bool of shape \(2,\)\n.*\n.*np.flatnonzero\(mask\)"),
+        ([[1, 2]], r"a forget set of int64 of shape \(1, 2\)"),
+    ],
+)
+def test_a_forget_set_that_is_no_row_of_whole_numbers_is_refused(task, forget, said, shapes_unchecked):
+    problem, _, _ = task
+    with pytest.raises(InvalidInputError, match=said):
+        finetune.problem(problem.apply, problem.data, np.array(forget))
+
+
+def test_labels_of_other_examples_are_refused(task, shapes_unchecked):
+    apply, (x, labels), forget = task[0]
+    with pytest.raises(InvalidInputError, match="30 labels, and inputs of 60 examples"):
+        finetune.problem(apply, (x, labels[:30]), forget)
+    with pytest.raises(InvalidInputError, match="60 labels, and inputs of 59 and 60 examples"):
+        finetune.problem(apply, ({"a": x, "b": x[1:]}, labels), forget)
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({"optimizer": "adamw"}, r"optimizer = 'adamw'\n.*one of adam, sgd"),
+        ({"optimizer": "Adam"}, "optimizer = 'Adam'"),
+        ({"strategy": "thread"}, r"strategy = 'thread'\n.*one of auto, vmap, threads"),
+        ({"strategy": "threads", "mesh": True}, "strategy 'threads' on a mesh"),
+    ],
+)
+def test_choices_that_are_none_are_refused(task, choice, said, shapes_unchecked):
+    problem, models, keys = task
+    if "mesh" in choice:
+        choice = choice | {"mesh": meshes.data_mesh(jax.devices()[:2])}
+    steps = finetune.shuffled(keys, 60, Settings(1, 16))
+    with pytest.raises(InvalidInputError, match=said):
+        finetune.tune(dmm._Matching(problem.apply), models, problem.data[0], np.zeros((2, 60, 3)), steps, **choice)
+
+
 def test_the_retained_examples_are_all_others(task):
     np.testing.assert_array_equal(task[0].retain, np.arange(5, 60))
 
