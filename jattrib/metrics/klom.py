@@ -82,12 +82,14 @@ def klom(
 
     Raises:
         InvalidInputError: points differ, a margin is NaN, there are fewer models than bins or fewer points than a
-            percentile needs; there is no such form; or, of the Gaussian form, the margins of a point do not vary.
+            percentile needs; there is no such form; or, of the Gaussian form, the margins of a point do not vary,
+            or not in more than 5% of resamples.
     """
     p, q = _check(unlearned, oracles, _fewest(form, bins))
     _check_points(p.shape[1], percentiles)
     per_point = _binned(p, q, bins) if form == "binned" else _gaussian(p, q)
     draws = _resampled(p, q, key, form, bins, resamples)
+    _check_defined(draws, np.arange(p.shape[1]))
 
     def interval(value: float, each: Float[np.ndarray, " r"]) -> Interval:
         return bootstrap.percentile(value, each, confidence=confidence, centred=True)
@@ -139,6 +141,7 @@ def average(
         _check_points(len(part), [percentile])
     per_point = _binned(p, q, bins) if form == "binned" else _gaussian(p, q)
     draws = _resampled(p, q, key, form, bins, resamples)
+    _check_defined(draws, np.unique(np.concatenate(parts)))
     value = np.mean([np.percentile(per_point[part], percentile) for part in parts])
     spread = np.mean([np.percentile(draws[:, part], percentile, axis=1) for part in parts], axis=0)
     return bootstrap.percentile(float(value), spread, confidence=confidence, centred=True)
@@ -147,7 +150,7 @@ def average(
 def _resampled(
     p: Float[np.ndarray, "n x"], q: Float[np.ndarray, "m x"], key: Key[Array, ""], form: Form, bins: int, resamples: int
 ) -> Float[np.ndarray, "r x"]:
-    """Return the divergence at each point in each resample of the models of either side."""
+    """Return the divergence at each point in each resample of the models of either side; NaN where it is undefined."""
     random = bootstrap.generator(key)
     drawn = [bootstrap.counts(random, len(each), resamples=resamples) for each in (p, q)]
     found, width = [], max(1, CELLS_AT_ONCE // (resamples * bins))
@@ -299,7 +302,23 @@ def _moments(
     count, centre = len(margins), margins.mean(axis=0)
     moved = margins - centre
     mean = counts @ moved / count
-    return centre + mean, (counts @ np.square(moved) / count - np.square(mean)) * (count / (count - 1))
+    spread = counts @ np.square(moved) / count - np.square(mean)
+    rounding = 8 * np.finfo(np.float64).eps * np.square(moved).sum(axis=0)
+    spread = np.where(spread > rounding, spread, np.nan)  # of a resample whose margins are all the same
+    return centre + mean, spread * (count / (count - 1))
+
+
+def _check_defined(draws: Float[np.ndarray, "r x"], points: Int[np.ndarray, " _"]) -> None:
+    """Refuse points whose margins do not vary in too many resamples of models: no Gaussian is fitted to them."""
+    undefined = np.isnan(draws[:, points])
+    if undefined.any(axis=1).mean() > bootstrap.UNDEFINED:
+        counts = undefined.sum(axis=0)
+        raise InvalidInputError(
+            f"margins that are all the same in {counts.max()} of {len(draws)} resamples of models, at point "
+            f"{points[counts.argmax()]} (and in some at {np.count_nonzero(counts)} points)",
+            expected=f"margins that vary, at every point, in {1 - bootstrap.UNDEFINED:.0%} of resamples",
+            remedy='use form="binned", train more models, or leave out points whose margins are nearly all clipped',
+        )
 
 
 def _fewest(form: str, bins: int) -> int:

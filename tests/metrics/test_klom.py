@@ -136,6 +136,29 @@ def test_summary_and_its_intervals(key, form):
     assert found.mean.low < np.mean(again) < found.mean.high
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_resamples_whose_margins_do_not_vary_are_left_out_or_refused(key, turned):
+    """All but two of 100 margins are the same, at one point: in 14% of resamples all are."""
+
+    def measured(points, apart=2, **more):
+        p, q = laws(points=points, m=100)
+        p[apart:, 3] = -100.0
+        p[:apart, 3] = 50.0 + np.arange(apart)
+        return (klom.klom if not more else klom.average)(
+            *((q, p) if turned else (p, q)), **more, key=key, form="gaussian", **({} if more else {"percentiles": ()})
+        )
+
+    with pytest.raises(InvalidInputError, match=r"all the same in \d\d of 200 resamples of models, at point 3 \(and"):
+        measured(7)
+    with pytest.raises(InvalidInputError, match="at point 3"):
+        measured(40, parts=[np.arange(20), np.arange(20, 40)])
+    found = measured(41, parts=[np.arange(4, 41)])  # without that point
+    assert found.low < found.value < found.high < np.inf
+    few = measured(7, apart=4).mean  # in 2% of resamples: left out
+    assert np.isfinite(few).all()
+    assert few.low < few.value < few.high
+
+
 def test_a_form_that_is_none_is_refused(key, shapes_unchecked):
     p, q = laws(points=100)
     for run in (
