@@ -59,6 +59,12 @@ def _excess(found: Everything, name: str, key: str) -> float:
     return measures.methods[key].klom.value - measures.floor.klom.value
 
 
+def _ratio(found: Everything, name: str) -> float | None:
+    """Return how many times farther from the floor the best baseline is; None where either of the two is not above."""
+    best, dmm = (_excess(found, name, key) for key in (best_baseline(found, name), _best_matched(found, name)))
+    return best / dmm if min(best, dmm) > 0 else None
+
+
 def figures(found: Everything) -> dict[str, float | int | str]:
     """Return the summary's figures."""
     method, shown = found.config.method, {}
@@ -84,8 +90,9 @@ def figures(found: Everything) -> dict[str, float | int | str]:
             f"klom_p95_{name}_simulated_floor": measures.bias,
             f"best_baseline_{name}": best,
             f"dmm_{name}": dmm,
-            f"excess_ratio_{name}": _excess(found, name, best) / _excess(found, name, dmm),
         }
+        ratio = _ratio(found, name)
+        shown |= {} if ratio is None else {f"excess_ratio_{name}": ratio}
     for key, path in found.paths.items():
         reached = np.flatnonzero(path <= 1e-6)
         shown[f"ridge_steps_{key.replace(' ', '_')}"] = int(reached[0]) if len(reached) else -1
@@ -263,19 +270,11 @@ def _report(found: Everything, pictures: dict[str, report.Picture]) -> report.Re
         headlines.append(
             figure(f"KLoM, {SETS[name]}", each.value, each.low, each.high, f"{measures.floor.klom.value:.2f} retrained")
         )
-    ratios = tuple(
-        figure(
-            f"Times nearer to the floor than the best baseline, {SETS[name]}",
-            _excess(found, name, best_baseline(found, name)) / _excess(found, name, _best_matched(found, name)),
-            meaning=found.results[name].unlearned[best_baseline(found, name)].title,
-        )
-        for name in SETS
-    )
     return report.Report(
         title="Can unlearned models be told from retrained ones?",
         lead=_lead(found),
         headlines=tuple(headlines),
-        figures=ratios,
+        figures=tuple(_ratio_figure(found, name) for name in SETS),
         sections=(
             *(
                 report.Section(
@@ -291,6 +290,17 @@ def _report(found: Everything, pictures: dict[str, report.Picture]) -> report.Re
         ),
         method=_method(found),
     )
+
+
+def _ratio_figure(found: Everything, name: str) -> report.KeyFigure:
+    best, ratio = best_baseline(found, name), _ratio(found, name)
+    if ratio is None:
+        dmm = _excess(found, name, _best_matched(found, name)) <= 0
+        ratio = f"none: {'Datamodel Matching' if dmm else 'the best baseline'} is at the floor"
+    return report.KeyFigure(
+        f"Times nearer to the floor than the best baseline, {SETS[name]}", ratio,
+        meaning=found.results[name].unlearned[best].title,
+    )  # fmt: skip
 
 
 def _method(found: Everything) -> tuple[str, ...]:

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jattrib import recipes
 from jattrib.core.errors import InvalidInputError
-from jattrib.recipes import classifier, dmm_methods, dmm_stages, dmm_tuning, rundir
+from jattrib.metrics.bootstrap import Interval
+from jattrib.recipes import classifier, dmm_measures, dmm_methods, dmm_report, dmm_stages, dmm_tuning, rundir
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "unlearning" / "dmm_fashion_mnist.toml"
@@ -144,6 +146,40 @@ def test_passes_are_counted(setup):
     matching = dmm_methods.matching(config, made, "random", "", np.zeros((320, 10)))
     assert matching.passes({"ratio": 10}) == 220 / 3 + 1 * 300
     assert every["short"].passes({}) == 300
+
+
+def reported(baseline, matched):
+    """What is reported of a baseline and a matching with these figures, where retraining has 0.7."""
+
+    def measured(value):
+        parts = dict.fromkeys(dmm_stages.PARTS, value)
+        return dmm_measures.Measured(Interval(value, value - 0.1, value + 0.1), parts, 0.1, 0.5)
+
+    methods = {"first_order": measured(baseline), "dmm_paired": measured(matched)}
+    one = Interval(0.5, 0.4, 0.6)
+    measures = dmm_measures.Measures(methods, measured(0.7), {"paired": one}, one, 0.6)
+    left = {key: dmm_tuning.Unlearned(key, np.zeros((2, 3)), 0.1, values=(1.0,)) for key in methods}
+    results = dmm_tuning.Results(np.zeros((2, 3)), np.zeros((2, 3)), {}, {}, left)
+    setup = SimpleNamespace(task=SimpleNamespace(members=SimpleNamespace(strategy="vmap")))
+    _, config = recipes.load(CONFIG, SMALL)
+    every = [dict.fromkeys(dmm_stages.SETS, each) for each in (results, measures)]
+    found = dmm_report.Everything(config, setup, *every, {})
+    return dmm_report.figures(found), dmm_report._ratio_figure(found, "random").value
+
+
+def test_the_ratio_of_distances_from_the_floor_is_left_out_where_there_is_none(shapes_unchecked):
+    """It is that of 1.5 − 0.7 and 0.9 − 0.7; at the floor, or below, it would be infinite or negative."""
+    figures, shown = reported(1.5, 0.9)
+    assert figures["excess_ratio_random"] == pytest.approx(4)
+    assert shown == pytest.approx(4)
+    for matched in (0.7, 0.69):
+        figures, shown = reported(1.5, matched)
+        assert "excess_ratio_random" not in figures
+        assert figures["klom_p95_random_dmm_paired"] == matched
+        assert shown == "none: Datamodel Matching is at the floor"
+    figures, shown = reported(0.7, 0.9)
+    assert "excess_ratio_random" not in figures
+    assert shown == "none: the best baseline is at the floor"
 
 
 def test_choices_score_the_average_of_parts():
