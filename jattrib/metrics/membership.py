@@ -61,7 +61,7 @@ def ulira(
     At each point, models are split into even and odd ones: the Gaussians are fitted to one half and attack the other,
     and the other way round.  No margin is judged by laws that it was fitted to, so laws that are the same score .5 in
     expectation, whatever the number of models.  A tie counts half.  The interval is for these attackers: models and
-    points are resampled, laws are not fitted anew.
+    points are resampled, laws are not fitted anew.  A point that is alone is not resampled.
 
     Args:
         unlearned: the margins of models that were trained on the points and then unlearned them.
@@ -83,7 +83,11 @@ def ulira(
         right_q[1 - half :: 2] = _positive(-ratio(q[1 - half :: 2]))
     per_point = (right_p.mean(axis=0) + right_q.mean(axis=0)) / 2
     random = bootstrap.generator(key)
-    drawn = [bootstrap.counts(random, units, resamples=resamples) for units in (len(p), len(q), p.shape[1])]
+    drawn = [bootstrap.counts(random, units, resamples=resamples) for units in (len(p), len(q))]
+    if p.shape[1] > 1:
+        drawn.append(bootstrap.counts(random, p.shape[1], resamples=resamples))
+    else:
+        drawn.append(np.ones((resamples, 1), np.int64))
     rows = drawn[0] @ right_p / len(p) + drawn[1] @ right_q / len(q)
     draws = np.einsum("rx,rx->r", rows, drawn[2]) / (2 * p.shape[1])
     return Attack(bootstrap.percentile(float(per_point.mean()), draws, confidence=confidence), per_point)

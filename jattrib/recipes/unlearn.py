@@ -59,11 +59,19 @@ def read_indices(path: Path) -> Int[np.ndarray, " f"]:
         InvalidInputError: the file cannot be read, or holds something else.
     """
     try:
-        found = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.array(path.read_text().split())
+        if path.suffix == ".npy":
+            with path.open("rb") as file:
+                found = np.lib.format.read_array(file, allow_pickle=False)
+        else:
+            found = np.array(path.read_text().split(), str)
+        if found.size == 0:
+            raise ValueError("it holds no index")
         numbers = found.astype(np.int64)
         if found.ndim != 1 or found.dtype.kind not in "iuU":
             raise ValueError(f"{found.dtype} of shape {found.shape}")
-    except (OSError, ValueError, EOFError) as error:
+        if found.dtype.kind == "u" and numbers.min() < 0:
+            raise OverflowError(f"{found.max()} is too large")
+    except (OSError, ValueError, TypeError, OverflowError, EOFError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InvalidInputError(
             f"{path}: {reason}",

@@ -4,6 +4,7 @@ Each is a choice of rows, losses and weights for `finetune.tune`; SSD and Newton
 all of them F is the forget set, R the rest, and `ℓ` the cross-entropy in nats.
 """
 
+import warnings
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,13 @@ from jattrib.models.model import Apply
 from jattrib.models.outputs import Logits, Loss, label_loss, mean_loss
 from jattrib.unlearning import finetune
 from jattrib.unlearning.finetune import DEFAULT, Models, Problem, Settings
+
+UNSOLVED = 1e-2
+"""The relative residual above which Newton's step is none: its solution has less than two digits."""
+
+
+class UnsolvedWarning(UserWarning):
+    """A system was left with a residual above `UNSOLVED`, so that what is made of its solution is not what it says."""
 
 
 class _CrossEntropy(NamedTuple):
@@ -227,6 +235,9 @@ def ssd(
         alpha: α, how much more it has to matter.
         strength: λ.
 
+    Raises:
+        DivergedError: a model's parameters are not finite.
+
     Source: Foster et al. 2024, equations 3 and 4.
     """
     del keys
@@ -237,7 +248,7 @@ def ssd(
         factor = jnp.minimum(strength * everything / jnp.where(forget > 0, forget, 1), 1)
         return jnp.where(forget > alpha * everything, weight * factor.astype(weight.dtype), weight)
 
-    return models._replace(params=jax.tree.map(dampen, models.params, of_forget, of_all))
+    return finetune.checked(models._replace(params=jax.tree.map(dampen, models.params, of_forget, of_all)))
 
 
 def newton_step(
@@ -261,33 +272,56 @@ def newton_step(
         iterations: of conjugate gradients.
         chunk: examples at a time.
 
+    Raises:
+        DivergedError: the matrix has a direction of negative curvature, or a model's parameters are not finite.
+
+    Warns:
+        UnsolvedWarning: the iterations leave a relative residual above `UNSOLVED`: it is a part of the step.
+
     Source: Guo et al. 2020, section 3 (certified removal); Golatkar et al. 2020.
     """
     del keys
     retain = _batch(problem, problem.retain)
     gradients = _mean_gradients(problem.apply, models, retain)
     source = sources.InMemory(retain)
-    moved = []
+    moved, infos = [], []
     for number in range(models.size):
         params, state = _one(models, number)
         operator = products.streamed(
             products.ggn(Logits(problem.apply, state), label_loss, params), source, chunk=chunk
         )  # fmt: skip
         one = jax.tree.map(lambda leaf, at=number: leaf[at : at + 1], gradients)
-        step, _ = krylov.conjugate_gradient(operator, one, damping=damping, iterations=iterations)
+        step, info = krylov.conjugate_gradient(operator, one, damping=damping, iterations=iterations)
+        infos.append(info)
         moved.append(jax.tree.map(lambda leaf, change: leaf - change[0], params, step))
-    return models._replace(params=jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved))
+    _warn_of_unsolved(infos, damping)
+    return finetune.checked(models._replace(params=jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved)))
+
+
+def _warn_of_unsolved(infos: list[krylov.Info], damping: float) -> None:
+    left = np.array([info.residual[0] for info in infos if info.residual[0] > UNSOLVED])
+    if left.size:
+        warnings.warn(
+            f"Newton's step of {left.size} of {len(infos)} models is not solved: with damping {damping:g} a relative "
+            f"residual of up to {left.max():.2g} is left after {max(info.iterations.max() for info in infos)} "
+            "iterations; allow more of them, or give a larger damping",
+            UnsolvedWarning,
+            stacklevel=3,
+        )
 
 
 def first_order(problem: Problem, models: Models, keys: Key[Array, " orders"], *, rate: float) -> Models:
     """One step up the loss of F: `θ + η Σ_F ∇ℓ / n`.
+
+    Raises:
+        DivergedError: a model's parameters are not finite.
 
     Source: Warnecke et al. 2023, equation 7 (first-order update, for points that are removed).
     """
     del keys
     gradients = _mean_gradients(problem.apply, models, _batch(problem, problem.forget))
     size = rate * len(problem.forget) / len(problem.data[1])
-    return models._replace(params=tree.axpy(size, gradients, models.params))
+    return finetune.checked(models._replace(params=tree.axpy(size, gradients, models.params)))
 
 
 def nothing(problem: Problem, models: Models, keys: Key[Array, " orders"]) -> Models:

@@ -215,9 +215,17 @@ def calibrate(shift: Shift, measured: Shift) -> float:
         measured: mean logits of held-out retrained models less those of full models: never those that are reported on.
 
     Raises:
-        InvalidInputError: the predicted shift is zero everywhere.
+        InvalidInputError: the predicted shift is zero everywhere, the shifts are of different shapes, or one of them is
+            not finite.
     """
     predicted, found = (np.asarray(each, np.float64) for each in (shift, measured))
+    if predicted.shape != found.shape or not (np.isfinite(predicted).all() and np.isfinite(found).all()):
+        raise InvalidInputError(
+            f"shifts of shapes {predicted.shape} and {found.shape}, not finite at "
+            f"{np.count_nonzero(~np.isfinite(predicted))} and {np.count_nonzero(~np.isfinite(found))} logits",
+            expected="finite shifts of the same logits, by example and class",
+            remedy="predict and measure at the same examples, with models that have not diverged",
+        )
     predicted, found = (each - each.mean(axis=-1, keepdims=True) for each in (predicted, found))
     size = np.vdot(predicted, predicted)
     if not size > 0:

@@ -193,8 +193,9 @@ def then(first: Steps, second: Steps) -> Steps:
 
 
 def beside(first: Steps, second: Steps) -> Steps:
-    """Return steps whose batches are those of two passes side by side, the shorter pass begun again as often as needed.
+    """Return steps whose batches are those of two passes side by side, for as long as the first one lasts.
 
+    The second is begun again as often as needed; of one that is longer the end is left out, and with it rows.
     A step's objective is the sum of both batches' means: each keeps the weight that it has alone.
     """
     again = np.arange(first.rates.shape[1]) % second.rates.shape[1]
@@ -270,8 +271,7 @@ def tune(
         each = jax.tree.map(lambda leaf: leaf.reshape(steps.orders, sharing, *leaf.shape[1:]), each)
         found = _tune(loss, optimizer, *_spread(rows, steps, each, mesh))
         found = jax.tree.map(lambda leaf: leaf.reshape(models.size, *leaf.shape[2:]), found)
-    _check_finite(found)
-    return found
+    return checked(found)
 
 
 def _check_choices(optimizer: str, strategy: str, mesh: jax.sharding.Mesh | None) -> None:
@@ -385,7 +385,12 @@ def _optimizer(name: str, rates: Float[Array, " steps"], movable: Any) -> optax.
     return optax.chain(*parts)
 
 
-def _check_finite(models: Models) -> None:
+def checked(models: Models) -> Models:
+    """Return the models if all their parameters are finite.
+
+    Raises:
+        DivergedError: those of a model are not.
+    """
     finite = np.all(
         [np.isfinite(meshes.fetch(leaf)).reshape(models.size, -1).all(1) for leaf in jax.tree.leaves(models.params)],
         axis=0,
@@ -394,9 +399,10 @@ def _check_finite(models: Models) -> None:
         at = int((~finite).argmax())
         raise DivergedError(
             f"the parameters of model {at} are not finite ({int((~finite).sum())} of {models.size} models diverged)",
-            expected="finite parameters after fine-tuning",
-            remedy="lower the learning rate, or take fewer steps: ascent has no minimum to stop at",
+            expected="finite parameters after unlearning",
+            remedy="start from finite models, lower the rate, or take fewer steps: ascent has no minimum to stop at",
         )
+    return models
 
 
 def output_shape(problem: Problem, models: Models) -> tuple[int, ...]:

@@ -41,24 +41,31 @@ class Iteration(NamedTuple):
 
 
 def fit(problem: Ridge, weights: Float[Array, " n"]) -> Float[Array, " p"]:
-    """Return the minimiser `(Xᵀ V X + λI)⁻¹ Xᵀ V y` with data weights v."""
+    """Return the minimiser `(Xᵀ V X + λI)⁻¹ Xᵀ V y` with data weights v.
+
+    Raises:
+        InvalidInputError: `Xᵀ V X + λI` is singular to working precision.
+    """
     iteration = _least_squares(problem, weights, problem.penalty)
-    return jnp.linalg.solve(iteration.matrix, iteration.target)
+    return _solve(iteration.matrix, iteration.target)
 
 
 def retrained(problem: Ridge) -> Float[Array, " p"]:
-    """Return `θ_R`, the solution without F."""
+    """Return `θ_R`, the solution without F; the errors are those of `fit`."""
     return fit(problem, 1 - problem.forget)
 
 
 def exact_update(problem: Ridge, full: Float[Array, " p"]) -> Float[Array, " p"]:
     """Return `θ_R = θ_full − (X_Rᵀ X_R + λI)⁻¹ X_Fᵀ r_F` with the residuals `r = y − X θ_full`: one solve, of rank |F|.
 
+    Raises:
+        InvalidInputError: `X_Rᵀ X_R + λI` is singular to working precision.
+
     Source: Georgiev et al. 2024, section 4.2; it is Newton's step, which is exact here.
     """
     curvature = _least_squares(problem, 1 - problem.forget, problem.penalty).matrix
     residuals = (problem.y - problem.x @ full) * problem.forget
-    return full - jnp.linalg.solve(curvature, problem.x.T @ residuals)
+    return full - _solve(curvature, problem.x.T @ residuals)
 
 
 def retain_descent(problem: Ridge) -> Iteration:
@@ -115,6 +122,17 @@ def distances(found: Float[Array, "ends p"], goal: Float[Array, " p"]) -> Float[
     """Return `‖θ_t − θ_R‖ / ‖θ_0 − θ_R‖` along a path."""
     lengths = jnp.linalg.norm(found - goal[None], axis=1)
     return lengths / lengths[0]
+
+
+def _solve(matrix: Float[Array, "p p"], target: Float[Array, " p"]) -> Float[Array, " p"]:
+    sizes = jnp.abs(jnp.linalg.eigvalsh(matrix))
+    if not sizes.min() > len(matrix) * jnp.finfo(matrix.dtype).eps * sizes.max():
+        raise InvalidInputError(
+            f"a matrix whose eigenvalues are between {float(sizes.min()):.3g} and {float(sizes.max()):.3g} in size",
+            expected=f"one that is not singular in {matrix.dtype}",
+            remedy="give a penalty, more rows than columns, or float64; check that the rows are finite",
+        )
+    return jnp.linalg.solve(matrix, target)
 
 
 def _least_squares(problem: Ridge, weights: Float[Array, " n"], penalty: float) -> Iteration:

@@ -43,6 +43,13 @@ def test_laws_a_shift_apart_score_what_gaussians_allow(key):
     assert membership.ulira(p + 50, q, key=key).accuracy == (1, 1, 1)
 
 
+def test_a_point_that_is_alone_has_an_interval_over_models(key):
+    p, q = laws(1.0, points=9)
+    every, found = (membership.ulira(p[:, :count], q[:, :count], key=key) for count in (9, 1))
+    assert found.per_point[0] == every.per_point[0] == found.accuracy.value
+    assert found.accuracy.low < found.accuracy.value < found.accuracy.high
+
+
 def test_margins_that_do_not_vary(key):
     still = np.ones((6, 3))
     assert membership.ulira(still, still, key=key).per_point.tolist() == [0.5] * 3

@@ -99,7 +99,15 @@ def test_indices_are_read_from_text_and_npy(forget, tmp_path):
         np.testing.assert_array_equal(unlearn.read_indices(path), [3, 5, 8, 7])
 
 
-@pytest.mark.parametrize(("content", "reason"), [("3.5\n", "invalid literal"), ("a b", "invalid literal")])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("3.5\n", "invalid literal"),
+        ("a b", "invalid literal"),
+        (" \n", "it holds no index"),
+        ("3\n99999999999999999999999\n", "too large"),
+    ],
+)
 def test_what_is_no_index_is_refused(tmp_path, content, reason):
     path = tmp_path / "forget.txt"
     path.write_text(content)
@@ -108,6 +116,16 @@ def test_what_is_no_index_is_refused(tmp_path, content, reason):
     np.save(tmp_path / "forget.npy", np.ones((2, 2)))
     with pytest.raises(InvalidInputError, match=r"float64 of shape \(2, 2\)"):
         unlearn.read_indices(tmp_path / "forget.npy")
+    np.save(tmp_path / "forget.npy", np.array([3, 2**63], np.uint64))
+    with pytest.raises(InvalidInputError, match="9223372036854775808 is too large"):
+        unlearn.read_indices(tmp_path / "forget.npy")
+    np.save(tmp_path / "forget.npy", np.zeros(0, np.int64))
+    with pytest.raises(InvalidInputError, match="it holds no index"):
+        unlearn.read_indices(tmp_path / "forget.npy")
+    np.savez(tmp_path / "two.npz", np.arange(3))
+    (tmp_path / "two.npz").rename(tmp_path / "two.npy")
+    with pytest.raises(InvalidInputError, match="magic string"):
+        unlearn.read_indices(tmp_path / "two.npy")
     with pytest.raises(InvalidInputError, match="No such file"):
         unlearn.read_indices(tmp_path / "none.txt")
 

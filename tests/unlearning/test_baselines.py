@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jattrib.core.errors import InvalidInputError
+from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.unlearning import baselines, finetune
 from jattrib.unlearning.finetune import Settings
 from tests.unlearning import oracles
@@ -82,6 +82,21 @@ def test_newtons_step_is_the_solve_with_the_explicit_hessian(trained):
     curvature = oracles.hessian(theta, x) + 0.05 * np.eye(theta.size)
     step = np.linalg.solve(curvature, oracles.gradients(theta, x, labels).mean(axis=0).ravel())
     np.testing.assert_allclose(found, theta - step.reshape(theta.shape), rtol=1e-3, atol=1e-4)
+
+
+def test_newtons_step_warns_of_a_system_that_is_not_solved(trained):
+    problem, models, keys = trained
+    said = r"step of 2 of 2 models is not solved: with damping 0.001 a relative residual of up to 0\.\d+ .*after 1 iter"
+    with pytest.warns(baselines.UnsolvedWarning, match=said):
+        baselines.newton_step(problem, models, keys, damping=1e-3, iterations=1)
+
+
+@pytest.mark.parametrize("name", ["ssd", "newton_step", "first_order"])
+def test_steps_from_models_that_are_not_finite_say_so(task, name):
+    problem, models, keys = task
+    broken = models._replace(params=jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), models.params))
+    with pytest.raises(DivergedError, match=r"a right-hand side|parameters of model 1 are not finite"):
+        EVERY[name](problem, broken, keys)
 
 
 def test_dampening_scales_down_what_matters_more_to_the_forget_set(task):

@@ -81,6 +81,19 @@ def test_a_multiplier_is_found_whatever_all_classes_share():
         dmm.calibrate(np.ones((20, 3)), measured)
 
 
+@pytest.mark.parametrize(
+    ("shift", "measured", "said"),
+    [
+        (np.ones((6, 3)), np.ones((3, 6)), r"shapes \(6, 3\) and \(3, 6\)"),
+        (np.eye(3), np.full((3, 3), np.nan), "not finite at 0 and 9 logits"),
+        (np.diag([1, 2, np.inf]), np.ones((3, 3)), "not finite at 1 and 0 logits"),
+    ],
+)
+def test_a_multiplier_of_other_shifts_is_refused(shift, measured, said, shapes_unchecked):
+    with pytest.raises(InvalidInputError, match=said):
+        dmm.calibrate(shift, measured)
+
+
 def test_scores_and_means_as_shifts():
     scores = np.arange(24.0).reshape(4, 2, 3)
     np.testing.assert_allclose(dmm.shift_of_scores(scores, np.array([1, 3])), -(scores[1] + scores[3]))

@@ -108,6 +108,13 @@ def test_batches_side_by_side_keep_their_own_means(task):
     np.testing.assert_allclose(share[..., 4:].sum(-1), -3.0, rtol=1e-6)
 
 
+def test_of_a_longer_second_pass_the_end_is_left_out(task):
+    first, second = (finetune.shuffled(task[2], count, Settings(1, 4)) for count in (8, 19))
+    both = finetune.beside(first, second).order
+    np.testing.assert_array_equal(both.indices[..., :4], first.order.indices)
+    np.testing.assert_array_equal(both.indices[..., 4:], second.order.indices[:, :2])
+
+
 def test_phases_follow_one_another(task):
     keys = task[2]
     first = finetune.shuffled(keys, 3, Settings(1, 2, learning_rate=1.0))

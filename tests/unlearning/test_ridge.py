@@ -68,3 +68,19 @@ def test_a_path_contracts_as_its_matrix_says(problem):
 def test_an_ascent_has_no_rate(problem):
     with pytest.raises(InvalidInputError, match="smallest eigenvalue"):
         ridge.best_rate(ridge.gradient_ascent(problem))
+
+
+@pytest.mark.parametrize("column", ["zero", "twice"])
+def test_a_singular_problem_has_no_solution(problem, column):
+    more = problem.x[:, :1] * (0.0 if column == "zero" else 1.0)
+    singular = problem._replace(x=jnp.concatenate([problem.x, more], axis=1), penalty=0.0)
+    full = jnp.zeros(13)
+    for solve in (ridge.retrained, lambda each: ridge.exact_update(each, full)):
+        with pytest.raises(InvalidInputError, match=r"between.*\n.*not singular in float64\n.*a penalty"):
+            solve(singular)
+    assert np.isfinite(ridge.retrained(singular._replace(penalty=0.01))).all()
+
+
+def test_rows_that_are_not_finite_have_no_solution(problem):
+    with pytest.raises(InvalidInputError, match="check that the rows are finite"):
+        ridge.retrained(problem._replace(x=problem.x.at[50, 2].set(jnp.nan)))
