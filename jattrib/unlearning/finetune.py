@@ -293,6 +293,7 @@ def _spread(rows: Batch, steps: Steps, each: Any, mesh: jax.sharding.Mesh | None
     """Return the arguments of `_tune` where a mesh has them: it cuts the orders, or the models that share one."""
     if mesh is None:
         return (rows, steps, *each)
+    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)  # of Auto axes: `jax.make_mesh` makes them Explicit
     across, (orders, sharing) = meshes.width(mesh), jax.tree.leaves(each)[0].shape[:2]
     if orders % across == 0:
         steps, each = jax.device_put((steps, each), meshes.rows(mesh))

@@ -294,6 +294,19 @@ def test_models_spread_over_devices_are_the_same(task):
         dmm.match(problem, jax.tree.map(lambda leaf: leaf[1:], models), chosen, targets[1:], keys[1:], mesh=mesh)
 
 
+@pytest.mark.parametrize(("shape", "names"), [((2,), ("a",)), ((2, 2), ("a", "b"))])
+@pytest.mark.parametrize("orders", [1, 2])
+def test_a_mesh_of_explicit_axes_is_one_of_auto_axes(task, shape, names, orders):
+    problem, models, keys = task
+    mesh = jax.make_mesh(shape, names)
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
+    chosen = dmm.rows(problem, jax.random.key(2))
+    targets = np.ones((2, len(chosen.examples), 3), np.float32)
+    one, two = (dmm.match(problem, models, chosen, targets, keys[:orders], mesh=each) for each in (None, mesh))
+    np.testing.assert_allclose(one.params["kernel"], two.params["kernel"], rtol=1e-5)
+    assert len(two.params["kernel"].sharding.device_set) == np.prod(shape)
+
+
 def test_ascent_that_leaves_the_finite_numbers_says_so(task):
     problem, models, keys = task
     chosen = dmm.rows(problem, jax.random.key(2))
