@@ -309,11 +309,10 @@ def _check_subsets(masks: Bool[np.ndarray, "m n"], outputs: Float[np.ndarray, "k
             expected="a mask for each model",
             remedy="pass the masks that these very models were trained on",
         )
-    finite = np.isfinite(np.asarray(outputs)).reshape(len(outputs), -1).all(axis=1)
-    if not finite.all():
+    bad = np.flatnonzero(~np.isfinite(np.asarray(outputs)).reshape(len(outputs), -1).all(axis=1))
+    if bad.size:
         raise InvalidInputError(
-            f"outputs of model {int(finite.argmin())} that are not finite (of {np.count_nonzero(~finite)} of "
-            f"{len(finite)} models)",
+            f"outputs of model {bad[0]} that are not finite (of {bad.size} of {len(outputs)} models)",
             expected="finite logits",
             remedy="leave out models that diverged, with their masks",
         )
