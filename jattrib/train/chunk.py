@@ -120,12 +120,10 @@ def _one_by_one(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"],
 
 def _core_by_core(ensemble: Ensemble, operand: Operand, masks: Bool[Array, "w n"], keys: Key[Array, " w"]) -> Rows:
     operand = jax.tree.map(jnp.asarray, operand)
-    program = train_on_one_core.lower(
-        ensemble, operand, masks[0], keys[0]
-    ).compile()  # threads have settings of their own
+    one = train_on_one_core.lower(ensemble, operand, masks[0], keys[0]).compile()  # threads have settings of their own
 
     def row(mask: Bool[Array, " n"], key: Key[Array, ""]) -> Rows:
-        return jax.block_until_ready(program(operand, mask, key))
+        return jax.block_until_ready(one(operand, mask, key))
 
     with ThreadPoolExecutor(meshes.cores()) as pool:
         return _stack(pool.map(row, masks, keys))

@@ -360,7 +360,7 @@ def _tune_on_cores(
 
 def _on_host(leaf: Any) -> Any:
     """Return an array as NumPy's, whose parts cost nothing; typed keys, of which it knows nothing, as they are."""
-    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
+    return leaf if meshes.is_key(leaf) else np.asarray(leaf)
 
 
 def _together(loss: loop.LossFn, rows: Batch, each: tuple[Models, Any, Any], orders: int) -> int:
