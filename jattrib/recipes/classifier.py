@@ -1,6 +1,6 @@
 """A trained classifier on disk, with what is needed to build it again: what `jattrib unlearn` takes and leaves.
 
-DIR/manifest.json   data and model, as a config has them
+DIR/manifest.json   data and model, as a config has them, and what the training inputs were
 DIR/arrays-…        parameters, model state, and the labels that it was trained on
 """
 
@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jattrib.core import files, params
+from jattrib.core import tree as core_tree
 from jattrib.core.errors import InvalidInputError, StoreError
 from jattrib.core.types import Params
 from jattrib.data.vision import Dataset
@@ -72,14 +73,16 @@ def save(
             remedy="give a label for every training example, or none",
         )  # fmt: skip
     tree = {"params": params_, "state": state, "labels": np.asarray(labels, np.int32)}
-    params.save_params(path, tree, {"classifier": configs.plain(description)})
+    said = {"classifier": configs.plain(description), "inputs": core_tree.digest(train.inputs)}
+    params.save_params(path, tree, said)
 
 
 def load(path: Path) -> Classifier:
     """Load a classifier, verified.
 
     Raises:
-        StoreError: there is none, it was altered, or its parameters are of a model of another shape.
+        StoreError: there is none, it was altered, its parameters are of a model of another shape, or its data are no
+            longer those that it was trained on.
         InvalidInputError: its data cannot be read any more.
     """
     if not params.exists(path):
@@ -88,9 +91,9 @@ def load(path: Path) -> Classifier:
             expected="a directory that `recipes.classifier.save` or `jattrib unlearn` made",
             remedy="correct the path; a run of the recipe `dmm` leaves one in its folder `classifier`",
         )
-    said = files.read_manifest(path / files.MANIFEST)["identity"].get("classifier")
+    said = files.read_manifest(path / files.MANIFEST)["identity"]
     try:
-        description = msgspec.convert(said, Description)
+        description = msgspec.convert(said.get("classifier"), Description)
     except msgspec.ValidationError as error:
         raise StoreError(
             f"{path} holds parameters, but no classifier: {error}",
@@ -98,6 +101,12 @@ def load(path: Path) -> Classifier:
             remedy="save it with `recipes.classifier.save`",
         ) from error
     train, test = build.load_data(description.data)
+    if said.get("inputs") not in (None, core_tree.digest(train.inputs)):  # None: saved before it was kept
+        raise StoreError(
+            f"the training inputs of {description.data} are not those that the classifier in {path} was trained on",
+            expected="the data as they were: indices of examples are those of their rows",
+            remedy="restore the data, or train a classifier on what they are now",
+        )
     model = build.build_model(description.model, train.inputs.shape[1:], build.classes(train))
     like, state = jax.eval_shape(model.init, jax.random.key(0))
     labels = np.zeros(train.labels.shape, np.int32)

@@ -58,9 +58,23 @@ def opened(path: Path, config: configs.Room) -> Iterator[RunDir]:
     total = path / RESUME / "total.seconds"
     directory = RunDir(path, configs.plain(config), _recorded(total), time.monotonic())
     if (path / SUMMARY).exists():
-        _check_same(directory, read_summary(directory).get("config"))
+        _check_same(path, directory.config, read_summary(directory).get("config"))
         yield directory
         return
+    with claimed(path, directory.config), _timed(total):
+        yield directory
+
+
+@contextmanager
+def claimed(path: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Hold a directory, new, empty or of the same config before, for this process alone.
+
+    Until a stage has begun or there is a summary, it is still anybody's: a first mistake may be corrected.
+
+    Raises:
+        InvalidInputError: the directory holds files, but no run.
+        StoreError: it cannot be written, is of another config, or another process works in it.
+    """
     from jattrib.core import files
 
     lock = path / RESUME / "run.json"
@@ -70,12 +84,12 @@ def opened(path: Path, config: configs.Room) -> Iterator[RunDir]:
         guard = (path / RESUME / "lock").open("ab")
     with guard:
         _claim(guard, path)
-        if lock.exists():
-            _check_same(directory, files.read_manifest(lock).get("config"))
-        else:
-            files.write_manifest(lock, {"config": directory.config, "versions": versions()})
-        with _timed(total):
-            yield directory
+        has_begun = (path / SUMMARY).exists() or any(entry.is_dir() for entry in (path / RESUME).iterdir())
+        if lock.exists() and has_begun:
+            _check_same(path, config, files.read_manifest(lock).get("config"))
+        if not lock.exists() or not has_begun:
+            files.write_manifest(lock, {"config": dict(config), "versions": versions()})
+        yield
 
 
 @contextmanager
@@ -186,11 +200,10 @@ def _check_is_run(path: Path, lock: Path) -> None:
         )
 
 
-def _check_same(directory: RunDir, held: Any) -> None:
+def _check_same(path: Path, asked: Mapping[str, Any], held: Any) -> None:
     from jattrib.core import files
 
-    asked = dict(configs.flatten(directory.config))
-    files.check_identity(directory.path, dict(configs.flatten(held or {})), asked)
+    files.check_identity(path, dict(configs.flatten(held or {})), dict(configs.flatten(dict(asked))))
 
 
 def _claim(guard: IO[bytes], path: Path) -> None:

@@ -18,7 +18,7 @@ from jattrib.core import files, tree
 from jattrib.core.errors import InvalidInputError
 from jattrib.data import masks as subset_masks
 from jattrib.models.outputs import margin
-from jattrib.recipes import build, classifier
+from jattrib.recipes import build, classifier, rundir
 from jattrib.recipes import config as configs
 from jattrib.recipes.classifier import Classifier
 from jattrib.train import ensemble
@@ -95,8 +95,10 @@ def unlearn(
         seed: of everything random.
 
     Raises:
-        InvalidInputError: the method is unknown, or the indices are not those of a forget set.
-        StoreError: there is no classifier, it is damaged or of another shape, or `out` cannot be written.
+        InvalidInputError: the method is unknown, the indices are not those of a forget set, or `out` holds something
+            else.
+        StoreError: there is no classifier, it is damaged or of another shape, or `out` cannot be written, is of another
+            unlearning, or another process works in it.
         DivergedError: the parameters left the finite numbers.
     """
     if method not in methods():
@@ -114,6 +116,17 @@ def unlearn(
         )
     before = classifier.load(model)
     problem = finetune.problem(before.model.apply, (before.train.inputs, before.train.labels), read_indices(forget))
+    said = {
+        "classifier": tree.digest((before.params, before.state, before.train)), "forget": tree.digest(problem.forget),
+        "method": method, "seed": seed, **({"subset_models": subset_models} if method == "dmm" else {}),
+    }  # fmt: skip
+    with rundir.claimed(out, said):
+        return _unlearn(before, problem, out, method, subset_models, seed)
+
+
+def _unlearn(
+    before: Classifier, problem: Problem, out: Path, method: str, subset_models: int, seed: int
+) -> dict[str, float | int | str]:
     models = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], Models(before.params, before.state))
     shift = None
     if method == "dmm":

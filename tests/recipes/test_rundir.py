@@ -88,8 +88,20 @@ def test_one_process_at_a_time_and_a_kill_loses_neither_the_directory_nor_its_se
         assert 0.3 < spent["total"] < 30
 
 
+def test_before_a_stage_begins_a_mistake_may_be_corrected(tmp_path):
+    with pytest.raises(KeyError), rundir.opened(tmp_path, Fake(seed=1)):
+        raise KeyError  # the data are not there, say
+    with rundir.opened(tmp_path, Fake(seed=2)) as directory, rundir.stage(directory, "first"):
+        pass
+    with (
+        pytest.raises(StoreError, match="its seed is 2, this run's is 1"),
+        rundir.opened(tmp_path, Fake(seed=1)),
+    ):
+        pass
+
+
 def test_a_directory_of_another_config_is_refused_by_the_key_that_differs(tmp_path):
-    with rundir.opened(tmp_path, Fake()):
+    with rundir.opened(tmp_path, Fake()) as directory, rundir.stage(directory, "first"):
         pass
     wanted = r"its seed is 0, this run's is 1\n.*\n.*remedy:   choose another directory"
     with pytest.raises(StoreError, match=wanted), rundir.opened(tmp_path, Fake(seed=1)):

@@ -143,6 +143,38 @@ def test_the_command_line_says_what_is_wrong(saved, forget, tmp_path, capsys):
     assert "the forget index 200, at place 1" in capsys.readouterr().err
 
 
+def test_what_is_in_a_directory_is_not_written_over(saved, forget, tmp_path):
+    foreign = tmp_path / "foreign"
+    (foreign / "arrays-7").mkdir(parents=True)
+    (foreign / "arrays-7" / "precious.txt").write_text("mine")
+    (foreign / "summary.json").write_text("{}")
+    with pytest.raises(InvalidInputError, match=r"holds arrays-7, summary\.json and no run"):
+        unlearn.unlearn(saved, forget, foreign, method="ssd")
+    assert (foreign / "arrays-7" / "precious.txt").read_text() == "mine"
+    assert (foreign / "summary.json").read_text() == "{}"
+    out = tmp_path / "out"
+    first = unlearn.unlearn(saved, forget, out, method="ssd")
+    assert unlearn.unlearn(saved, forget, out, method="ssd") == first
+    with pytest.raises(StoreError, match="its method is 'ssd', this run's is 'first_order'"):
+        unlearn.unlearn(saved, forget, out, method="first_order")
+    forget.write_text("9\n")
+    with pytest.raises(StoreError, match="its forget is"):
+        unlearn.unlearn(saved, forget, out, method="ssd")
+    assert json.loads((out / "summary.json").read_text()) == first
+
+
+def test_data_that_have_changed_are_refused(saved, monkeypatch):
+    load = build.load_data
+
+    def turned(data):
+        train, test = load(data)
+        return train._replace(inputs=train.inputs[::-1]), test
+
+    monkeypatch.setattr(build, "load_data", turned)
+    with pytest.raises(StoreError, match=r"are not those that the classifier in .* was trained on"):
+        classifier.load(saved)
+
+
 def test_parameters_of_another_shape_are_refused(saved, tmp_path):
     found = classifier.load(saved)
     wider = classifier.Description(DESCRIPTION.data, configs.Mlp((9,)), DESCRIPTION.training)
