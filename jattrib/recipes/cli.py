@@ -6,6 +6,7 @@ the finite numbers; 130, interrupted, and the same command resumes.  Any other f
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -46,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except JattribError as error:
         _print_error(error)
         sys.exit(2 if isinstance(error, InvalidInputError) else 1)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED and arguments is None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)  # JAX may crash at the interpreter's end after a compilation that was cut short
+        raise
 
 
 def _print_version(asked: bool) -> bool:
@@ -134,7 +141,7 @@ def unlearn(
         table.add_row(name, _shown(value))
     console = Console()
     console.print(table)
-    console.print(f"Classifier: {out}", highlight=False, soft_wrap=True)
+    console.print(Text(f"Classifier: {out}"), soft_wrap=True)
 
 
 @app.command()
@@ -145,16 +152,22 @@ def bench(
     """Run a benchmark of the checkout, print its rows, and write them as JSON lines."""
     from jattrib.core import files
 
+    if out is not None and out.is_dir():
+        raise InvalidInputError(
+            f"--out {out}, which is a directory",
+            expected="a file for the rows",
+            remedy=f"name one, for example --out {out / f'{Path(name).name}.jsonl'}",
+        )
     rows = [row if isinstance(row, Mapping) else row._asdict() for row in _benchmark(name).run()]
-    if out is not None:
-        context = {"device": rundir.device(), "versions": rundir.versions()}
-        lines = [json.dumps(files.plain({**context, **row}), allow_nan=False) for row in rows]
-        files.write_atomic(out, "".join(f"{line}\n" for line in lines).encode())
     columns = [column for column in dict.fromkeys(chain.from_iterable(rows)) if column not in UNSHOWN]
     table = Table(*columns, title=name)
     for row in rows:
         table.add_row(*(_shown(row.get(column, "")) for column in columns))
     Console().print(table)
+    if out is not None:
+        context = {"device": rundir.device(), "versions": rundir.versions()}
+        lines = [json.dumps(files.plain({**context, **row}), allow_nan=False) for row in rows]
+        files.write_atomic(out, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _benchmark(name: str) -> Any:
@@ -189,7 +202,7 @@ def _benchmark(name: str) -> Any:
 
 def _announce(directory: rundir.RunDir) -> None:
     console = Console(stderr=True)
-    console.print(f"{'Resuming in' if directory.before else 'Writing into'} {directory.path}", highlight=False)
+    console.print(Text(f"{'Resuming in' if directory.before else 'Writing into'} {directory.path}"))
     begun, now = rundir.begun_with(directory), rundir.versions()
     changed = [f"{name} {begun[name]} → {now[name]}" for name in now if begun.get(name, now[name]) != now[name]]
     if changed:
@@ -200,7 +213,7 @@ def _print_summary(directory: rundir.RunDir, done: bool, expected: Sequence[ship
     summary = rundir.read_summary(directory)
     console = Console()
     if done:
-        console.print(f"This run is done; to run it again, delete {directory.path}.", highlight=False)
+        console.print(Text(f"This run is done; to run it again, delete {directory.path}."))
     ranges = {entry.figure: entry for entry in expected}
     table = Table("figure", "value", *(["expected"] if ranges else []))
     shown = {name: value for name, value in summary.items() if not isinstance(value, dict)}
@@ -211,7 +224,7 @@ def _print_summary(directory: rundir.RunDir, done: bool, expected: Sequence[ship
         table.add_row(name, Text(_shown(value), style=style), *([entry.text if entry else ""] if ranges else []))
     console.print(table)
     report = directory.path / "report.html"
-    console.print(f"Report: {report if report.exists() else directory.path}", highlight=False, soft_wrap=True)
+    console.print(Text(f"Report: {report if report.exists() else directory.path}"), soft_wrap=True)
 
 
 def _shown(value: Any) -> str:

@@ -76,8 +76,8 @@ def find(name: str) -> Path:
         return Path(name)
     shipped = names()
     by_stem = {Path(known).stem: known for known in shipped}
-    wanted = Path(name.removeprefix("configs/")).with_suffix(".toml").as_posix()
-    wanted = by_stem.get(name, wanted)
+    wanted = Path(name.removeprefix("configs/"))
+    wanted = by_stem.get(name, wanted.with_suffix(".toml").as_posix() if wanted.name else "")
     if wanted in shipped:
         return root() / wanted
     match = by_stem.get(configs.close_match(Path(name).stem, list(by_stem)) or "")

@@ -157,6 +157,20 @@ def test_an_unwritable_directory(file, tmp_path, capsys):
     assert "choose another directory" in error
 
 
+def test_paths_are_printed_as_they_are(file, tmp_path, capsys):
+    for name in ("[lr=0.1]", "a[/b]"):
+        assert jattrib("run", file, "--out", tmp_path / name) == 0
+        printed = capsys.readouterr()
+        assert f"Report: {tmp_path / name}" in printed.out
+        assert f"Writing into {tmp_path / name}" in printed.err
+
+
+def test_a_config_that_has_no_name(tmp_path, capsys):
+    for name in (".", "", "/"):
+        assert jattrib("run", name, "--out", tmp_path) == 2
+        assert "or one that comes with the package" in capsys.readouterr().err
+
+
 def test_a_config_that_is_not_there(tmp_path, capsys):
     assert jattrib("run", "trak_fashion_mnist.tml", "--out", tmp_path) == 2
     assert "attribution/trak_fashion_mnist.toml" in capsys.readouterr().err
@@ -212,6 +226,8 @@ def test_a_benchmark_prints_a_table_and_writes_lines(tmp_path, monkeypatch, caps
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(line["name"], line["examples_per_second"]) for line in lines] == [("sketch", 1234.5), ("dense", 10.0)]
     assert all(line["device"].startswith("cpu") and "jax" in line["versions"] for line in lines)
+    assert jattrib("bench", "own", "--out", tmp_path) == 2
+    assert "which is a directory" in capsys.readouterr().err
     assert jattrib("bench", "peers/theirs") == 0
     assert jattrib("bench", "helper") == 2
     error = capsys.readouterr().err
