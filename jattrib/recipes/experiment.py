@@ -266,7 +266,8 @@ def _margins(apply: Apply, inputs: Num[Array, "q ..."], labels: Array, trained: 
 def similarity(task: Task) -> Float[np.ndarray, "n q"]:
     """Return the cosine of inputs, positive within a class and negative across: the cheapest attribution there is."""
     train, queries = (each.inputs.reshape(len(each.inputs), -1) for each in (task.train, task.queries))
-    train, queries = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (train, queries))
+    tiny = np.finfo(np.float32).tiny  # of an image of zeros, which is like no other
+    train, queries = (each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), tiny) for each in (train, queries))
     same = task.train.labels[:, None] == task.queries.labels[None, :]
     return (train @ queries.T) * np.where(same, np.float32(1), np.float32(-1))
 

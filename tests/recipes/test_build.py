@@ -6,7 +6,7 @@ import pytest
 
 from jattrib.core.errors import InvalidInputError, StoreError
 from jattrib.data import vision
-from jattrib.recipes import build, config
+from jattrib.recipes import build, config, experiment
 
 
 @pytest.fixture
@@ -140,3 +140,10 @@ def test_the_optimizer_is_gradient_descent_with_momentum(dtype):
             wanted = wanted - 0.3 * min(x / 0.5, (1 - x) / 0.5) * velocity
         assert params["w"].dtype == dtype
         np.testing.assert_allclose(params["w"], wanted, rtol=1e-6 if dtype == np.float64 else 1e-4)
+
+
+def test_an_image_of_zeros_is_like_no_other():
+    inputs = np.array([[1, 0], [0, 0], [3, 4]], np.float32)
+    both = vision.Dataset(inputs, np.array([0, 1, 1]))
+    task = experiment.Task(*[None] * len(experiment.Task._fields))._replace(train=both, queries=both)  # type: ignore
+    np.testing.assert_allclose(experiment.similarity(task), [[1, 0, -0.6], [0, 0, 0], [-0.6, 0, 1]], rtol=1e-6)
