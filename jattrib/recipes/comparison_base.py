@@ -7,10 +7,11 @@ held-out models, apart for each protocol.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
+from msgspec import Meta
 
 from jattrib.recipes import config as configs
 from jattrib.recipes import experiment, trak_stages
@@ -65,10 +66,10 @@ class Evaluation(experiment.Evaluation, frozen=True):
         counterfactual_fraction: the largest part of the training set that is removed to flip one.
     """
 
-    queries: configs.Count = 64
+    queries: Annotated[int, Meta(ge=2)] = 64
     fixed_fraction: configs.Fraction = 0.01
-    fixed_subsets: configs.Count = 100
-    fixed_held_out_subsets: configs.Count = 20
+    fixed_subsets: Annotated[int, Meta(ge=3)] = 100
+    fixed_held_out_subsets: Annotated[int, Meta(ge=2)] = 20
     counterfactual_queries: configs.Count = 10
     counterfactual_fraction: configs.Fraction = 0.2
 

@@ -42,11 +42,11 @@ class Evaluation(configs.Room, frozen=True):
     """
 
     alpha: configs.Fraction = 0.5
-    queries: configs.Count = 200
-    subsets: configs.Count = 100
+    queries: Annotated[int, Meta(ge=2)] = 200
+    subsets: Annotated[int, Meta(ge=3)] = 100
     seeds: Annotated[int, Meta(ge=2)] = 2
-    held_out_subsets: configs.Count = 20
-    counterfactual_queries: configs.Count = 50
+    held_out_subsets: Annotated[int, Meta(ge=2)] = 20
+    counterfactual_queries: Annotated[int, Meta(ge=2)] = 50
     counterfactual_fraction: configs.Fraction = 0.1
 
 
@@ -155,6 +155,7 @@ def prepare(config: Config, directory: rundir.RunDir) -> Task:
         )
     chosen = np.sort(np.asarray(jax.random.permutation(keys["queries"], len(test.labels)))[: config.evaluation.queries])
     n = len(train.labels)
+    _check_fractions(config.evaluation, n)
     plan = Plan(config.training.epochs, config.training.batch_size, round(config.evaluation.alpha * n))
     model = build.build_model(config.model, train.inputs.shape[1:], count)
     members = ensemble.Ensemble(model, build.optimizer(config.training, plan.steps), plan, width=config.width)
@@ -178,6 +179,17 @@ def prepare(config: Config, directory: rundir.RunDir) -> Task:
             store.write_json(folder / "measured.json", measured)
         measured = store.read_json(folder / "measured.json")
     return task._replace(members=members._replace(strategy=min(measured, key=measured.get)), measured=measured)
+
+
+def _check_fractions(evaluation: Evaluation, n: int) -> None:
+    for name in ("alpha", "counterfactual_fraction", "fixed_fraction"):
+        part = getattr(evaluation, name, None)
+        if part is not None and not 0 < round(part * n) < n:
+            raise InvalidInputError(
+                f"evaluation.{name} = {part} of {n} training examples",
+                expected="a part of one example or more, and not of all",
+                remedy=f"set evaluation.{name} between {1 / n:.2g} and {1 - 1 / n:.4g}",
+            )
 
 
 def draw(config: Config, task: Task, name: str, count: int) -> Bool[np.ndarray, "m n"]:

@@ -6,7 +6,7 @@ import pytest
 
 from jattrib.core.errors import InvalidInputError, StoreError
 from jattrib.data import vision
-from jattrib.recipes import build, config, experiment
+from jattrib.recipes import build, config, experiment, rundir
 
 
 @pytest.fixture
@@ -147,3 +147,13 @@ def test_an_image_of_zeros_is_like_no_other():
     both = vision.Dataset(inputs, np.array([0, 1, 1]))
     task = experiment.Task(*[None] * len(experiment.Task._fields))._replace(train=both, queries=both)  # type: ignore
     np.testing.assert_allclose(experiment.similarity(task), [[1, 0, -0.6], [0, 0, 0], [-0.6, 0, 1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "part"), [("alpha", 0.999), ("counterfactual_fraction", 0.001)])
+def test_a_part_of_no_example_or_of_all_is_refused_before_anything_is_trained(tmp_path, name, part):
+    data = config.Digits(train_size=200, test_size=50)
+    settings = experiment.Config(
+        data, config.Mlp((8,)), config.Training(), experiment.Evaluation(queries=9, **{name: part})
+    )
+    with pytest.raises(InvalidInputError, match=rf"evaluation.{name} = {part} of 200.*\n.*\n.*between 0.005 and 0.995"):
+        experiment.prepare(settings, rundir.RunDir(tmp_path, {}, 0.0, 0.0))
