@@ -64,7 +64,8 @@ def to_images(
 def check(dataset: Dataset, *, name: str, classes: int | None = None) -> Dataset:
     """Return a classification set if it is sound.
 
-    It has as many labels as inputs, and one at least; inputs are finite; labels are integers in `[0, classes)`.
+    It has as many labels as inputs, and one at least; inputs are finite; labels are integers in `[0, classes)` and
+    fit int32.
 
     Raises:
         InvalidInputError: it is not; the message begins with `name`.
@@ -83,12 +84,12 @@ def check(dataset: Dataset, *, name: str, classes: int | None = None) -> Dataset
             expected="one label for each input, and at least one of them",
             remedy="check that both come from the same split",
         )
-    top = np.inf if classes is None else classes
+    top = 2**31 if classes is None else min(classes, 2**31)
     if labels.min() < 0 or labels.max() >= top:
         at = int(np.flatnonzero((labels < 0) | (labels >= top))[0])
         raise InvalidInputError(
             f"{name}: label {labels[at]} of example {at}",
-            expected="labels of at least 0" if classes is None else f"labels from 0 to {classes - 1}",
+            expected="labels of at least 0 that fit int32" if classes is None else f"labels from 0 to {top - 1}",
             remedy="number the classes from 0, or name the right number of classes",
         )
     if np.issubdtype(inputs.dtype, np.inexact) and not np.isfinite(inputs).all():
@@ -228,7 +229,8 @@ def digits() -> tuple[Dataset, Dataset]:
 def npz(path: str | Path, *, inputs: str = "inputs", labels: str = "labels", classes: int | None = None) -> Dataset:
     """Read one data set from two arrays of an NPZ file.
 
-    Floating inputs are returned as they are, uint8 ones as float32 in [0, 1]; labels become int32.
+    Floating inputs are returned as they are, but in native byte order and in float64 where they were wider; uint8 ones
+    as float32 in [0, 1]; labels become int32.
 
     Args:
         path: the file, as written by `numpy.savez`.
@@ -257,6 +259,9 @@ def npz(path: str | Path, *, inputs: str = "inputs", labels: str = "labels", cla
             expected="a readable NPZ file of plain arrays",
             remedy="check the path, or write the file again",
         ) from error
+    if np.issubdtype(x.dtype, np.floating):
+        with np.errstate(over="ignore"):  # `check` finds what is infinite in float64
+            x = x.astype(np.float64 if x.itemsize > 8 else x.dtype.newbyteorder("="), copy=False)
     check(Dataset(x, y), name=str(path), classes=classes)
     if x.dtype == np.uint8:
         x = x.astype(np.float32) / np.float32(255)

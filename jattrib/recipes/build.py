@@ -30,6 +30,12 @@ def load_data(room: configs.Data) -> tuple[vision.Dataset, vision.Dataset]:
         case configs.Npz(path=path):
             train = vision.npz(path, inputs="train_inputs", labels="train_labels")
             test = vision.npz(path, inputs="test_inputs", labels="test_labels", classes=classes(train))
+            if test.inputs.shape[1:] != train.inputs.shape[1:]:
+                raise InvalidInputError(
+                    f"{path}: test_inputs of shape {test.inputs.shape}",
+                    expected=f"examples of shape {train.inputs.shape[1:]}, as in train_inputs",
+                    remedy="store the examples of both sets in one shape",
+                )
         case configs.Text(length=length):
             parts = passages(room)
             known = corpus.alphabet([*parts[0], *parts[1]])

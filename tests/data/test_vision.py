@@ -179,6 +179,25 @@ def test_npz_keeps_floats_scales_bytes_and_takes_names(tmp_path):
     np.testing.assert_array_equal(scaled, np.array([[0], [0.2], [1]], np.float32))
 
 
+@pytest.mark.parametrize(("kept", "native"), [(">f2", "f2"), (">f4", "f4"), (">f8", "f8"), ("g", "f8"), (">g", "f8")])
+def test_npz_makes_inputs_native(tmp_path, kept, native):
+    values = np.array([[-1.5], [0.0], [1 / 3]], native)
+    np.savez(tmp_path / "a.npz", inputs=values.astype(kept), labels=np.array([0, 2, 1], ">u8"))
+    inputs, labels = vision.npz(tmp_path / "a.npz")
+    assert inputs.dtype == np.dtype(native)
+    assert inputs.dtype.isnative
+    np.testing.assert_array_equal(inputs, values)
+    np.testing.assert_array_equal(labels, [0, 2, 1])
+
+
+@pytest.mark.parametrize("label", [2**31, 2**32, 2**63])
+def test_npz_refuses_labels_that_int32_does_not_hold(tmp_path, label):
+    np.savez(tmp_path / "a.npz", inputs=np.ones((3, 1)), labels=np.array([0, 2**31 - 1, label], np.uint64))
+    for classes in (None, 2**40):
+        with pytest.raises(InvalidInputError, match=f"label {label} of example 2\n"):
+            vision.npz(tmp_path / "a.npz", classes=classes)
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -192,6 +211,10 @@ def test_npz_keeps_floats_scales_bytes_and_takes_names(tmp_path):
         ({"inputs": np.ones((2, 1)), "labels": np.array([0.0, 1])}, "labels of dtype float64"),
         ({"inputs": np.ones((3, 1)), "labels": np.array([0, 1])}, "3 inputs and 2 labels"),
         ({"inputs": np.array([[1.0], [np.nan]]), "labels": np.array([0, 1])}, "NaN or infinity in example 1"),
+        (
+            {"inputs": np.array([[1], [np.longdouble("1e400")]], np.longdouble), "labels": np.array([0, 1])},
+            "NaN or infinity in example 1",
+        ),
         ({"inputs": np.ones((2, 1), int), "labels": np.array([0, 1])}, "inputs of dtype int64"),
         ({"inputs": np.float32(1), "labels": np.array([0, 1])}, "no rows of inputs and 2 labels"),
     ],

@@ -51,6 +51,15 @@ def test_a_test_label_that_training_does_not_have(npz, tmp_path):
         build.load_data(config.Npz(path=str(tmp_path / "bad.npz")))
 
 
+def test_test_inputs_of_another_shape_than_those_of_training(npz, tmp_path):
+    np.savez(tmp_path / "bad.npz", **{**npz[1], "test_inputs": np.ones((3, 4), np.float32)})
+    with pytest.raises(
+        InvalidInputError,
+        match=r"bad.npz: test_inputs of shape \(3, 4\)\n.*examples of shape \(5,\), as in train_inputs",
+    ):
+        build.load_data(config.Npz(path=str(tmp_path / "bad.npz")))
+
+
 def test_the_kinds_read_what_they_name():
     train, test = build.load_data(config.Digits(train_size=20, test_size=5))
     whole, _ = vision.digits()
