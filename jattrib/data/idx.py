@@ -15,6 +15,7 @@ from jattrib.core.errors import InvalidInputError, StoreError
 _DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _CODES = {np.dtype(name).newbyteorder("="): code for code, name in _DTYPES.items()}
 _GZIP_MAGIC = b"\x1f\x8b"
+_MOST_DIMENSIONS = 64  # of NumPy's arrays
 _AGAIN = "fetch the file again; it is damaged or is not an IDX file"
 
 
@@ -53,10 +54,11 @@ def read(path: str | Path) -> Shaped[np.ndarray, "..."]:
 
 def _parse(stream: BufferedIOBase, path: Path) -> np.ndarray:
     magic = stream.read(4)
-    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _DTYPES or magic[3] == 0:
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _DTYPES or not 1 <= magic[3] <= _MOST_DIMENSIONS:
         raise InvalidInputError(
             f"{path}: magic number {magic.hex(' ') or '(empty file)'}",
-            expected=f"00 00, a type among {', '.join(f'{code:02x}' for code in _DTYPES)}, and a rank of at least 01",
+            expected=f"00 00, a type among {', '.join(f'{code:02x}' for code in _DTYPES)}, and a rank of at least 01 "
+            f"and at most {_MOST_DIMENSIONS:02x}",
             remedy=_AGAIN,
         )
     rank = magic[3]
@@ -67,8 +69,10 @@ def _parse(stream: BufferedIOBase, path: Path) -> np.ndarray:
         )
     shape = struct.unpack(f">{rank}I", header)
     dtype = np.dtype(_DTYPES[magic[2]])
+    if math.prod(n or 1 for n in shape) * dtype.itemsize >= 2**63:
+        raise InvalidInputError(f"{path}: dimensions {shape}", expected="those of an array", remedy=_AGAIN)
     size = math.prod(shape) * dtype.itemsize
-    values = stream.read(size)
+    values = _values(stream, size, piece=path.stat().st_size)
     if len(values) < size:
         raise InvalidInputError(
             f"{path}: truncated, {len(values):,} bytes of values",
@@ -82,6 +86,15 @@ def _parse(stream: BufferedIOBase, path: Path) -> np.ndarray:
             remedy=_AGAIN,
         )
     return np.frombuffer(values, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def _values(stream: BufferedIOBase, size: int, *, piece: int) -> bytes:
+    """Read up to `size` bytes, by pieces: what a damaged header asks for need not fit into memory."""
+    pieces = []
+    while size and (read := stream.read(min(size, piece))):
+        pieces.append(read)
+        size -= len(read)
+    return b"".join(pieces)
 
 
 def pack(array: Shaped[np.ndarray, "..."]) -> bytes:

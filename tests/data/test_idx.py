@@ -39,6 +39,17 @@ def test_every_type_is_big_endian_in_the_file_and_native_in_memory(tmp_path, cod
         (b"\1" + PLAIN[1:], "magic number 01 00 08 02"),
         (b"\0\0\x07" + PLAIN[3:], "magic number 00 00 07 02\n  expected: 00 00, a type among 08, 09"),
         (b"\0\0\x08\0", "magic number 00 00 08 00"),
+        (b"\0\0\x08\xff" + b"\0\0\0\1" * 255 + b"\1", "magic number 00 00 08 ff\n.* 01 and at most 40"),
+        (
+            PLAIN[:4] + b"\0\1\0\0" * 2 + PLAIN[12:],
+            r"truncated, 6 bytes of values\n  expected: 4,294,967,296 bytes for shape \(65536, 65536\)",
+        ),
+        (
+            gzip.compress(PLAIN[:4] + b"\x7f\0\0\0" * 2 + PLAIN[12:], mtime=0),
+            r"truncated, 6 bytes of values\n  expected: 4,539,909,899,366,170,624 bytes",
+        ),
+        (PLAIN[:4] + b"\xff" * 8 + PLAIN[12:], r"dimensions \(4294967295, 4294967295\)\n  expected: those of an array"),
+        (PLAIN[:3] + b"\3\0\0\0\0" + b"\xff" * 8, r"dimensions \(0, 4294967295, 4294967295\)"),
         (PLAIN[:9], "5 bytes of dimensions\n  expected: 8 bytes for rank 2"),
         (PLAIN[:-1], r"truncated, 5 bytes of values\n  expected: 6 bytes for shape \(2, 3\)"),
         (PLAIN + b"\0", "bytes after the last value\n  expected: exactly 6 bytes"),
