@@ -106,7 +106,7 @@ def token_shards(
 def _open(path: Path, dtype: np.dtype) -> np.ndarray:
     try:
         if path.suffix == ".npy":
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            tokens = np.lib.format.open_memmap(path, mode="r")
         elif (size := path.stat().st_size) % dtype.itemsize == 0:
             tokens = np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
         else:
@@ -117,7 +117,7 @@ def _open(path: Path, dtype: np.dtype) -> np.ndarray:
             )
     except InvalidInputError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # format errors of many types
         raise StoreError(
             f"{path}: {error}",
             expected="a readable .npy or .bin file",

@@ -1,3 +1,4 @@
+import struct
 import sys
 
 import numpy as np
@@ -74,6 +75,32 @@ def test_unsound_shards_are_refused_by_name(tmp_path, shards):
         text.token_shards([tmp_path / "cut.npy"], length=1)
     with pytest.raises(StoreError, match="missing"):
         text.token_shards([tmp_path / "missing.bin"], length=1)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (99999999999999999999,)}",
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (True,)}",
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (4,",
+        b"[" * 9000,
+    ],
+)
+def test_damaged_headers_of_npy_shards_are_refused_by_name(tmp_path, header):
+    content = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + b"\0" * 8
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(StoreError, match=r"a\.npy: .*\n[\s\S]*a readable \.npy or \.bin file"):
+        text.token_shards([tmp_path / "a.npy"], length=1)
+
+
+def test_npy_shards_that_are_empty_or_archives_are_refused_by_name(tmp_path):
+    (tmp_path / "empty.npy").write_bytes(b"")
+    with (tmp_path / "archive.npy").open("wb") as stream:
+        np.savez(stream, tokens=np.arange(4, dtype=np.uint16))
+    np.save(tmp_path / "objects.npy", np.array([{}], object))
+    for name in ("empty", "archive", "objects"):
+        with pytest.raises(StoreError, match=rf"{name}\.npy: .*\n[\s\S]*a readable \.npy or \.bin file"):
+            text.token_shards([tmp_path / f"{name}.npy"], length=1)
 
 
 def test_a_tokenizer_of_words_and_its_errors(tmp_path, monkeypatch):
