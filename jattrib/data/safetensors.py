@@ -22,6 +22,7 @@ _DTYPES = {
     "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"), "BOOL": np.dtype("?"),
 }  # fmt: skip
 _LONGEST_HEADER = 100_000_000
+_MOST_DIMENSIONS = 64  # of NumPy's arrays
 _AGAIN = "fetch the file again; it is damaged or is not a safetensors file"
 
 
@@ -97,10 +98,14 @@ def _entries(path: Path, header: bytes) -> dict[str, Any]:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         for entry in entries.values():
-            begin, end = entry["data_offsets"]
-            if not (all(isinstance(n, int) and n >= 0 for n in (begin, end, *entry["shape"])) and entry["dtype"]):
+            (begin, end), shape = entry["data_offsets"], entry["shape"]
+            if not (isinstance(shape, list) and isinstance(entry["dtype"], str)):
+                raise TypeError("a shape that is no list, or a dtype that is no text")
+            if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
                 raise ValueError("negative or fractional sizes")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if len(shape) > _MOST_DIMENSIONS or math.prod(n or 1 for n in shape) >= 2**60:
+                raise ValueError("more or larger dimensions than an array has")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unsound(
             path, f"an unreadable header ({error})", "JSON with dtype, shape and data_offsets an array"
         ) from error

@@ -56,6 +56,17 @@ def test_scalars_empty_arrays_and_bfloat16(tmp_path):
         ({"w": {"dtype": "F32"}}, VALUES, "an unreadable header"),
         (b"{", VALUES, "an unreadable header"),
         (b"[]", VALUES, "an unreadable header"),
+        (b'{"w":' + b"[" * 100_000, VALUES, "an unreadable header"),
+        ({"w": W | {"dtype": ["F32"]}}, VALUES[:24], "an unreadable header .*a dtype that is no text"),
+        ({"w": W | {"dtype": 4}}, VALUES[:24], "an unreadable header .*a dtype that is no text"),
+        ({"w": W | {"shape": {}, "data_offsets": [0, 4]}}, VALUES[:4], "an unreadable header .a shape that is no list"),
+        ({"w": W | {"shape": [True, 6]}}, VALUES[:24], "an unreadable header .negative or fractional sizes"),
+        ({"w": W | {"data_offsets": [False, 24]}}, VALUES[:24], "an unreadable header .negative or fractional sizes"),
+        ({"w": W | {"shape": [0, 2**64], "data_offsets": [0, 0]}}, b"", "an unreadable header .more or larger dim"),
+        ({"w": W | {"shape": [2**62] * 64}}, VALUES[:24], "an unreadable header .more or larger dim"),
+        ({"w": W | {"shape": [2**62] * 400}}, VALUES[:24], "an unreadable header .more or larger dim"),
+        ({"w": W | {"shape": [6] + [1] * 64}}, VALUES[:24], "an unreadable header .more or larger dim"),
+        ({"w": W | {"shape": [2**59]}}, VALUES[:24], "24 bytes of w\n  expected: 2,305,843,009,213,693,952 for"),
     ],
 )
 def test_unsound_files_are_refused_with_what_is_wrong(tmp_path, header, values, message):
