@@ -66,7 +66,7 @@ def read(name: str, *, path: str | Path | None = None, cache: str | Path | None 
 
     Raises:
         StoreError: the package cannot be had, the text is another than was expected, or a file cannot be read.
-        InvalidInputError: there is no such text, the file is not UTF-8, or has no passage.
+        InvalidInputError: there is no such text, the file is not UTF-8, has no passage, or a verse without words.
     """
     if name != "file" and name not in ORIGINS:
         raise InvalidInputError(
@@ -79,13 +79,20 @@ def read(name: str, *, path: str | Path | None = None, cache: str | Path | None 
     content = _fetched(name, ORIGINS[name], debian.cache(cache)) if path is None else _file(Path(path))
     where = name if path is None else str(path)
     try:
-        passages = (ORIGINS[name].cut if name in ORIGINS else _lines)(content.decode())
+        text = content.decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InvalidInputError(
             f"{where}: {error}", expected="text in UTF-8", remedy="convert the file, for example with iconv"
         ) from error
+    passages = (ORIGINS[name].cut if name in ORIGINS else _lines)(text)
     if not passages:
         raise InvalidInputError(f"{where} has no passage", expected="text", remedy="check the file")
+    if bare := next((passage.name for passage in passages if not passage.text), None):
+        raise InvalidInputError(
+            f"{where}: a line with nothing but {bare[:40]!r}",
+            expected="a verse's name and its words on each line after the title",
+            remedy="mend that line, or read the file by lines: read('file', path=...)",
+        )
     return passages
 
 
@@ -196,9 +203,9 @@ def _lines(text: str) -> list[Passage]:
 
 
 def _verses(text: str) -> list[Passage]:
-    """Cut `Ge1:1 In the beginning …` after its name; the first line is a title."""
-    named = (line.split(" ", 1) for line in text.splitlines()[1:])
-    return [Passage(name, words.strip()) for name, words in named]
+    """Cut `Ge1:1 In the beginning …` after its name; the first line is a title, and blank ones are left out."""
+    named = (line.strip().partition(" ") for line in text.splitlines()[1:])
+    return [Passage(name, words.strip()) for name, _, words in named if name]
 
 
 def _paragraphs(text: str) -> list[Passage]:

@@ -127,6 +127,31 @@ def test_own_files_are_cut_into_lines(tmp_path):
         corpus.read("koran")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    ("name", "lines", "expected"),
+    [
+        ("policy", ["A", "name.", "", "More."], [("paragraph 1", "A name."), ("paragraph 2", "More.")]),
+        ("fortunes", ["Be", "brief.", "%", "Be gone."], [("epigram 1", "Be brief."), ("epigram 2", "Be gone.")]),
+        ("bible", ["Title", "Ge1:1 In it.", "", " ", "Re2:3  So."], [("Ge1:1", "In it."), ("Re2:3", "So.")]),
+        ("file", ["First.", "", "Third."], [("line 1", "First."), ("line 3", "Third.")]),
+    ],
+)
+def test_own_files_are_cut_alike_whatever_ends_their_lines(tmp_path, end, name, lines, expected):
+    file = tmp_path / "a.txt"
+    file.write_bytes("".join(line + end for line in lines).encode())
+    assert corpus.read(name, path=file) == [Passage(*each) for each in expected]
+
+
+def test_a_verse_without_words_is_refused(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"Title\nGe1:1 In it.\nGe1:2\n")
+    with pytest.raises(
+        InvalidInputError, match=r"a\.txt: a line with nothing but 'Ge1:2'\n.*a verse's name and its words"
+    ):
+        corpus.read("bible", path=file)
+
+
 def test_the_bibles_container_by_hand():
     """Two windows, of the text that follows a title, each of nine-bit codes for single bytes."""
     windows = []
