@@ -73,7 +73,7 @@ class Text(DataRoom, frozen=True, tag_field="kind", tag="text"):
     name: Literal["bible", "fortunes", "policy", "file"] = "bible"
     path: str | None = None
     length: Count = 64
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0)] = 0
 
 
 Data = FashionMnistExcerpt | FashionMnist | Digits | Npz | Text
@@ -259,11 +259,13 @@ def _check(source: Source, value: Any, expected: Any, place: Place, default: Any
         _check_table(source, value, structs, place)
         return
     try:
-        msgspec.convert(value, expected)
+        found = msgspec.convert(value, expected)
         if isinstance(value, float) and not math.isfinite(value):
             raise msgspec.ValidationError
     except msgspec.ValidationError:
         _refuse_type(source, value, describe(expected), place, default)
+    if isinstance(found, int) and not -(2**63) <= found < 2**63:
+        _refuse_type(source, value, f"{describe(expected)} that fits 64 bits", place, default)
 
 
 def _check_table(source: Source, table: dict[str, Any], structs: list[type[msgspec.Struct]], place: Place) -> None:

@@ -117,6 +117,16 @@ def test_keys_are_those_of_the_kind(load):
         ("training.schedule=linear", 'training.schedule = "linear"', "one of triangular, cosine", '"triangular"'),
         ("training.learning_rate=inf", "training.learning_rate = Infinity", "a number above 0", "= 0.1"),
         ("training=3", "training = 3", "a table", "change the value"),
+        ("seed=9223372036854775808", "seed = 9223372036854775808", "a whole number that fits 64 bits", "seed = 0"),
+        ("seed=-9223372036854775809", "seed = -9223372036854775809", "a whole number that fits 64 bits", "seed = 0"),
+        (
+            "training.epochs=1_000_000_000_000_000_000_000",
+            "training.epochs = 1000000000000000000000",
+            "of at least 1 that fits 64 bits",
+            "= 30",
+        ),
+        ("data={kind='text', seed=-1}", "data.seed = -1", "a whole number of at least 0", "data.seed = 0"),
+        ("data={kind='text', seed=18446744073709551616}", "data.seed = 18446744073709551616", "fits 64 bits", "= 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_its_key_takes(load, override, got, expected, remedy):
@@ -124,6 +134,12 @@ def test_a_wrong_value_is_named_with_what_its_key_takes(load, override, got, exp
     assert error.got == f"command line: {got}"
     assert expected in error.expected
     assert remedy in error.remedy
+
+
+def test_seeds_are_of_64_bits(load):
+    for seed in (-(2**63), -1, 0, 2**63 - 1):
+        assert load(GOOD, f"seed={seed}").seed == seed
+    assert load(GOOD, f"data={{kind='text', seed={2**63 - 1}}}").data.seed == 2**63 - 1
 
 
 def test_an_integer_is_a_number(load):
