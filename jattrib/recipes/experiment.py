@@ -182,7 +182,7 @@ def prepare(config: Config, directory: rundir.RunDir) -> Task:
 
 
 def _check_fractions(evaluation: Evaluation, n: int) -> None:
-    for name in ("alpha", "counterfactual_fraction", "fixed_fraction"):
+    for name in ("counterfactual_fraction", "fixed_fraction"):  # alpha is looked at where subsets are drawn, soon
         part = getattr(evaluation, name, None)
         if part is not None and not 0 < round(part * n) < n:
             raise InvalidInputError(
