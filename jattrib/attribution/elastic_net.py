@@ -389,21 +389,21 @@ def _round(problem: Problem, rule: Rule, targets: Targets, lanes: _Lane) -> _Lan
     known = _Known(answers, errors, targets.correlation, targets.energy, targets.alpha, targets.beta)
     path = lanes.record.path
     bare = lanes._replace(record=lanes.record._replace(path=()))
-    (moved,) = by_rows(partial(_turn, rule, _if_any), scale, bare, known, whole=partial(_turn, rule, _of_few))
+    moved = by_rows(partial(_turn, rule, _if_any), scale, bare, known, whole=partial(_turn, rule, _of_few))
     if rule.keep_path:
         at = jnp.where(moved.stage > lanes.stage, lanes.stage, path.shape[1])
         path = path.at[jnp.arange(len(at)), at].set(moved.last_weights, mode="drop")
     return moved._replace(record=moved.record._replace(path=path))
 
 
-def _turn(rule: Rule, of_some: Callable[..., Array], scale: _Scale, lanes: _Lane, known: _Known) -> tuple[_Lane]:
+def _turn(rule: Rule, of_some: Callable[..., Array], scale: _Scale, lanes: _Lane, known: _Known) -> _Lane:
     """Take targets from what they know to what they want to know next: vectors and numbers of each, no products."""
     moved, onward, ends, is_whole = jax.vmap(partial(_conjugate, scale))(lanes, known)
     penalties = jax.vmap(_penalties)(known, lanes.stage)
     line = active_set.Line(lanes.weights, lanes.gradient, moved.step, moved.change, *penalties)
     parts = of_some(ends & ~is_whole, jax.vmap(active_set.best_part), line)
     parts = jnp.where(ends & is_whole, 1, parts)
-    return (jax.vmap(partial(_go_on, rule, scale))(moved, known, onward, ends, parts),)
+    return jax.vmap(partial(_go_on, rule, scale))(moved, known, onward, ends, parts)
 
 
 def _conjugate(

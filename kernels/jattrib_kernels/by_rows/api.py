@@ -31,9 +31,9 @@ def by_rows(
     new state in the memory of the old one.  It pays on a TPU; elsewhere the function is called as it is.
 
     Args:
-        function: of pytrees like the three, of any number of rows; its first result is a pytree like `state`.  In the
-            kernel it sees float32 and int32 arrays of one or two axes, and must not index rows or sort; the last block
-            is filled up with rows of anything.
+        function: of pytrees like the three, of any number of rows; its result, or the first of several, is a pytree
+            like `state`.  In the kernel it sees float32 and int32 arrays of one or two axes, and must not index rows or
+            sort; the last block is filled up with rows of anything.
         shared: vectors and numbers that all rows share.
         state: matrices `(n, width)` and vectors `(n,)`.
         rows: likewise, to be read alone.
@@ -46,7 +46,9 @@ def by_rows(
             backend is not known.
     """
     chosen = resolve(backend)
-    if backend == "auto" and (chosen == "pallas_gpu" or _obstacle(function, shared, state, rows)):
+    is_ours = chosen in ("pallas_tpu", "interpret")
+    obstacle = _obstacle(function, shared, state, rows) if is_ours else None
+    if backend == "auto" and (obstacle or not is_ours):
         chosen = "reference"
     if chosen == "reference":
         return (whole or function)(shared, state, rows)
@@ -56,7 +58,7 @@ def by_rows(
             expected="a backend that this operation has",
             remedy="use backend='reference': there is no such kernel for a GPU, whose caches do as well",
         )
-    if obstacle := _obstacle(function, shared, state, rows):
+    if obstacle:
         raise refuse(
             f"backend {backend!r} was asked for {obstacle}",
             expected=f"float32 and int32 arrays of {pallas_tpu.ROWS} rows in {pallas_tpu.MEMORY // 2**20} MiB",

@@ -29,7 +29,7 @@ def by_rows(function: Callable[..., Any], shared: Any, state: Any, rows: Any, *,
     """Return `function(shared, state, rows)`; see `api.by_rows`.
 
     Args:
-        function: its first result is like `state`.
+        function: its result, or the first of several, is like `state`.
         shared: vectors and scalars, float32 or int32.
         state: matrices and vectors of as many rows, float32 or int32; results take its place.
         rows: likewise, to be read alone.
