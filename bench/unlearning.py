@@ -3,7 +3,8 @@
 
 Both sides fine-tune the same 100 classifiers (784-64-10) of the 5,000 embedded images on the same fine-tuning set
 towards the same targets, in the same orders of batches and at the same rates: the weights that they end with agree, and
-the note says how well.  Models have an order each, or ten of them share one.
+the note says how well.  Batches are those of the recipe, and the larger ones of the paper; models have an order each,
+or ten of them share one.
 """
 
 import copy
@@ -18,24 +19,27 @@ from bench import harness
 from jattrib.core import mesh as meshes
 from jattrib.data import vision
 from jattrib.models.mlp import mlp
+from jattrib.recipes.dmm_methods import BATCH
 from jattrib.unlearning import dmm, finetune
-from jattrib.unlearning.finetune import Models, Problem
+from jattrib.unlearning.finetune import DEFAULT, Models, Problem, Settings
 
 SIZES, MODELS, FORGET = (784, 64, 10), 100, 100
 SHARING = (1, 10)
 """Models of an order."""
 
-SETTINGS = finetune.DEFAULT
+BATCHES = {"recipe": DEFAULT._replace(batch_size=BATCH), "paper": DEFAULT}
+"""Settings, by whose batches they have."""
 
 
 def run() -> list[harness.Row]:
     """Measure fine-tuning."""
     harness.require("torch")
-    return [row for sharing in SHARING for row in rows(sharing)]
+    return [row for whose in BATCHES for sharing in SHARING for row in rows(whose, sharing)]
 
 
-def rows(sharing: int) -> list[harness.Row]:
-    """Return the rates of both sides where so many models share an order."""
+def rows(whose: str, sharing: int) -> list[harness.Row]:
+    """Return the rates of both sides at those batches, where so many models share an order."""
+    settings = BATCHES[whose]
     problem, models, keys = task()
     keys = keys[::sharing]
     chosen = dmm.rows(problem, jax.random.key(2))
@@ -43,17 +47,18 @@ def rows(sharing: int) -> list[harness.Row]:
     shift = np.random.default_rng(0).standard_normal(own.shape[1:])
     targets = dmm.direct(own, shift)
     threads = sorted({1, meshes.cores()})
-    sides: dict[str, Callable[[], Any]] = {"ours": lambda: dmm.match(problem, models, chosen, targets, keys).params}
+    sides: dict[str, Callable[[], Any]] = {
+        "ours": lambda: dmm.match(problem, models, chosen, targets, keys, settings=settings).params
+    }
     each = jnp.repeat(keys, sharing)
-    loops = {count: torch_loop(problem, models, chosen, targets, each, count) for count in threads}
-    timings = harness.compare(sides | {str(count): loop for count, loop in loops.items()}, calls=3)
+    loops = {count: torch_loop(problem, models, chosen, targets, each, settings, count) for count in threads}
+    timings = harness.compare(sides | {str(count): loop for count, loop in loops.items()}, calls=5)
     error = difference(models, sides["ours"](), loops[threads[0]]())
-    plan = f"{SETTINGS.epochs} epochs of {len(chosen.draws)}, batch {SETTINGS.batch_size}"
     note = (
-        f"MLP {'-'.join(map(str, SIZES))}, {MODELS} models at once, {len(keys)} orders, {plan}; weights agree to "
-        f"{error:.1e} of their move"
+        f"MLP {'-'.join(map(str, SIZES))}, {MODELS} models at once, {len(keys)} orders, {settings.epochs} epochs of "
+        f"{len(chosen.draws)}, the {whose}'s batches; weights agree to {error:.1e} of their move"
     )
-    name = "an order each" if sharing == 1 else f"an order for {sharing}"
+    name = f"batch {settings.batch_size}, " + ("an order each" if sharing == 1 else f"an order for {sharing}")
     return [
         harness.rates(
             f"Datamodel Matching, {name}", timings["ours"], timings[str(count)], work=MODELS, unit="models/s",
@@ -74,12 +79,18 @@ def task() -> tuple[Problem, Models, jax.Array]:
 
 
 def torch_loop(
-    problem: Problem, models: Models, chosen: dmm.Rows, targets: np.ndarray, keys: jax.Array, threads: int
+    problem: Problem,
+    models: Models,
+    chosen: dmm.Rows,
+    targets: np.ndarray,
+    keys: jax.Array,
+    settings: Settings,
+    threads: int,
 ) -> Callable[[], Any]:
     """Return the function that fine-tunes the same models with PyTorch."""
     from bench.peers import traker, unlearning
 
-    steps = finetune.shuffled(keys, len(chosen.draws), SETTINGS)
+    steps = finetune.shuffled(keys, len(chosen.draws), settings)
     order = np.asarray(steps.order.indices).astype(np.int64), np.asarray(steps.order.valid)
     inputs = problem.data[0][chosen.examples[chosen.draws]]
     goals = targets[:, chosen.draws]
