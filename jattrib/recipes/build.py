@@ -53,24 +53,17 @@ def passages(room: configs.Text) -> tuple[list[corpus.Passage], list[corpus.Pass
     return [found[i] for i in order[held:]], [found[i] for i in order[:held]]
 
 
-def to_images(room: configs.Data, inputs: Float[np.ndarray, "n ..."]) -> UInt8[np.ndarray, "n h w c"]:
+def to_images(room: configs.Images, inputs: Float[np.ndarray, "n ..."]) -> UInt8[np.ndarray, "n h w c"]:
     """Return inputs as pixels of 0 to 255, for pictures: what normalisation did is undone.
 
     How an NPZ file's inputs came about is not known: their range is spread over 0 to 255, and inputs that are not
     images become a strip, one pixel a feature.
-
-    Raises:
-        InvalidInputError: they are sequences of characters.
     """
     match room:
         case configs.FashionMnistExcerpt() | configs.FashionMnist():
             return vision.to_images(inputs, vision.FASHION_MNIST_PIXELS)
         case configs.Digits():
             return vision.to_images(inputs, vision.DIGITS_PIXELS)
-        case configs.Text():
-            raise InvalidInputError(
-                "passages of text", expected="images", remedy="show them as report.Quotations, with `passages`"
-            )
         case configs.Npz():
             image = inputs.ndim == 4 and inputs.shape[-1] in (1, 3)
             shaped = inputs if image else inputs.reshape(len(inputs), 1, -1, 1)

@@ -80,6 +80,11 @@ class Config(trak_stages.Config, frozen=True, tag_field="recipe", tag="compariso
     method: Method = Method()
     evaluation: Evaluation = Evaluation()
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """Also what the one run is repeated without."""
+        return {**super().parts, "evaluation.fixed_fraction": self.evaluation.fixed_fraction}
+
 
 @runtime_checkable
 class OneRun(Protocol):

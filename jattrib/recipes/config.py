@@ -76,7 +76,10 @@ class Text(DataRoom, frozen=True, tag_field="kind", tag="text"):
     seed: Annotated[int, Meta(ge=0)] = 0
 
 
-Data = FashionMnistExcerpt | FashionMnist | Digits | Npz | Text
+Images = FashionMnistExcerpt | FashionMnist | Digits | Npz
+"""Where images come from, with a label each."""
+
+Data = Images | Text
 """Where examples come from."""
 
 

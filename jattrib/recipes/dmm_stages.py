@@ -98,7 +98,7 @@ class Method(configs.Room, frozen=True):
     attributions: Annotated[tuple[str, ...], Meta(min_length=1)] = ATTRIBUTIONS
 
 
-class Config(experiment.Config, frozen=True, tag_field="recipe", tag="dmm"):
+class Config(experiment.ImageConfig, frozen=True, tag_field="recipe", tag="dmm"):
     """Unlearning on an image classifier.
 
     Of `evaluation` the queries are the validation images, and `alpha` is that of the subset models.

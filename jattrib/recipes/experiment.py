@@ -72,6 +72,17 @@ class Config(configs.Room, frozen=True):
     width: configs.Count = 16
     seed: int = 0
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """The parts of the training set that are left out or made wrong, by their keys; each is an example or more."""
+        return {"evaluation.counterfactual_fraction": self.evaluation.counterfactual_fraction}
+
+
+class ImageConfig(Config, frozen=True):
+    """What every recipe on an image classifier is told: its report shows the images."""
+
+    data: configs.Images
+
 
 class Task(NamedTuple):
     """What the stages share.
@@ -155,7 +166,7 @@ def prepare(config: Config, directory: rundir.RunDir) -> Task:
         )
     chosen = np.sort(np.asarray(jax.random.permutation(keys["queries"], len(test.labels)))[: config.evaluation.queries])
     n = len(train.labels)
-    _check_fractions(config.evaluation, n)
+    _check_parts(config.parts, n)
     plan = Plan(config.training.epochs, config.training.batch_size, round(config.evaluation.alpha * n))
     model = build.build_model(config.model, train.inputs.shape[1:], count)
     members = ensemble.Ensemble(model, build.optimizer(config.training, plan.steps), plan, width=config.width)
@@ -181,14 +192,13 @@ def prepare(config: Config, directory: rundir.RunDir) -> Task:
     return task._replace(members=members._replace(strategy=min(measured, key=measured.get)), measured=measured)
 
 
-def _check_fractions(evaluation: Evaluation, n: int) -> None:
-    for name in ("counterfactual_fraction", "fixed_fraction"):  # alpha is looked at where subsets are drawn, soon
-        part = getattr(evaluation, name, None)
-        if part is not None and not 0 < round(part * n) < n:
+def _check_parts(parts: dict[str, float], n: int) -> None:
+    for name, part in parts.items():
+        if not 0 < round(part * n) < n:
             raise InvalidInputError(
-                f"evaluation.{name} = {part} of {n} training examples",
+                f"{name} = {part} of {n} training examples",
                 expected="a part of one example or more, and not of all",
-                remedy=f"set evaluation.{name} between {1 / n:.2g} and {1 - 1 / n:.4g}",
+                remedy=f"set it between {1 / n:.2g} and {1 - 1 / n:.4g}",
             )
 
 

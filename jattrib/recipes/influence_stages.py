@@ -40,11 +40,16 @@ class Method(configs.Room, frozen=True):
         return self.dampings
 
 
-class Config(experiment.Config, frozen=True, tag_field="recipe", tag="influence"):
+class Config(experiment.ImageConfig, frozen=True, tag_field="recipe", tag="influence"):
     """Influence functions on an image classifier; `method` is how curvatures are inverted."""
 
     method: Method = Method()
     evaluation: Evaluation = Evaluation()
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Also what the one run is repeated without."""
+        return {**super().parts, "evaluation.fixed_fraction": self.evaluation.fixed_fraction}
 
 
 class Run(NamedTuple):

@@ -50,8 +50,8 @@ class Method(configs.Room, frozen=True):
     dampings: Annotated[tuple[configs.Positive, ...], Meta(min_length=1)] = (0.01, 0.1, 1.0, 10.0)
     chunk: configs.Count = 64
     fraction: configs.Fraction = 0.01
-    subsets: configs.Count = 40
-    held_out_subsets: configs.Count = 12
+    subsets: Annotated[int, Meta(ge=3)] = 40
+    held_out_subsets: Annotated[int, Meta(ge=2)] = 12
 
 
 class Config(experiment.Config, frozen=True, tag_field="recipe", tag="influence_text"):
@@ -64,6 +64,11 @@ class Config(experiment.Config, frozen=True, tag_field="recipe", tag="influence_
     model: configs.Gpt
     training: configs.AdamTraining
     method: Method = Method()
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Also what the one run is repeated without."""
+        return {**super().parts, "method.fraction": self.method.fraction}
 
 
 class Setting(NamedTuple):

@@ -39,9 +39,15 @@ class Method(configs.Room, frozen=True):
     """
 
     fractions: Annotated[tuple[configs.Fraction, ...], Meta(min_length=1)] = (0.01, 0.05, 0.1, 0.5)
-    subsets: configs.Count = 50
+    subsets: Annotated[int, Meta(ge=3)] = 50
     smoothness_fraction: configs.Fraction = 0.05
     cost_queries: configs.Count = 64
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The parts of the training set that are left out, by their keys."""
+        named = {f"method.fractions[{number}]": part for number, part in enumerate(self.fractions)}
+        return {**named, "method.smoothness_fraction": self.smoothness_fraction}
 
 
 class Descent(configs.Room, frozen=True):
@@ -65,7 +71,7 @@ class Descent(configs.Room, frozen=True):
     """
 
     flipped: configs.Fraction = 0.2
-    heldout: configs.Data | None = None
+    heldout: configs.Images | None = None
     validation: configs.Count = 500
     objective: Literal["loss", "margin"] = "margin"
     runs: configs.Count = 1
@@ -75,11 +81,16 @@ class Descent(configs.Room, frozen=True):
     training: configs.Training = configs.Training(epochs=60, learning_rate=0.02, schedule="constant", peak=0.05)
 
 
-class Config(experiment.Config, frozen=True, tag_field="recipe", tag="magic"):
+class Config(experiment.ImageConfig, frozen=True, tag_field="recipe", tag="magic"):
     """MAGIC on an image classifier; `method` is how to attribute, `descent` what is done about wrong labels."""
 
     method: Method = Method()
     descent: Descent = Descent()
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Also what the one run is repeated without, and the wrong labels."""
+        return {**super().parts, **self.method.parts, "descent.flipped": self.descent.flipped}
 
 
 class Found(NamedTuple):

@@ -16,21 +16,16 @@ from jattrib.recipes import experiment, magic_stages, magic_text_report, rundir
 from jattrib.recipes.magic_text_report import Fidelity, Results
 
 
-class Method(configs.Room, frozen=True):
-    """How to attribute, and on what the attributions are held.
+class Method(magic_stages.Method, frozen=True):
+    """How to attribute, and on what the attributions are held, passages for images.
 
     Attributes:
-        fractions: parts of the training passages that are left out, for the LDS of the one run.
-        subsets: random subsets of each fraction.
-        smoothness_fraction: the part whose removal measures metasmoothness.
-        cost_queries: how many queries the cost is measured for.
-        cost_steps: steps of the run that it is measured on.
+        cost_steps: steps of the run that the cost is measured on.
     """
 
     fractions: Annotated[tuple[configs.Fraction, ...], Meta(min_length=1)] = (0.01,)
-    subsets: configs.Count = 40
+    subsets: Annotated[int, Meta(ge=3)] = 40
     smoothness_fraction: configs.Fraction = 0.01
-    cost_queries: configs.Count = 64
     cost_steps: configs.Count = 4
 
 
@@ -41,6 +36,11 @@ class Config(experiment.Config, frozen=True, tag_field="recipe", tag="magic_text
     model: configs.Gpt
     training: configs.AdamTraining
     method: Method = Method()
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Also what the one run is repeated without."""
+        return {**super().parts, **self.method.parts}
 
 
 def run(config: Config, directory: rundir.RunDir) -> None:

@@ -45,7 +45,7 @@ class Method(configs.Room, frozen=True):
     keep_features: bool = False
 
 
-class Config(experiment.Config, frozen=True, tag_field="recipe", tag="trak"):
+class Config(experiment.ImageConfig, frozen=True, tag_field="recipe", tag="trak"):
     """TRAK on an image classifier; `method` is how to attribute."""
 
     method: Method = Method()

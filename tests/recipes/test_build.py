@@ -165,6 +165,7 @@ def test_a_part_of_no_example_or_of_all_is_refused_before_anything_is_trained(tm
         data, config.Mlp((8,)), config.Training(), experiment.Evaluation(queries=9, counterfactual_fraction=part)
     )
     with pytest.raises(
-        InvalidInputError, match=rf"evaluation.counterfactual_fraction = {part} of 200.*\n.*\n.*between 0.005 and 0.995"
+        InvalidInputError,
+        match=rf"evaluation.counterfactual_fraction = {part} of 200.*\n.*\n.*it between 0.005 and 0.995",
     ):
         experiment.prepare(settings, rundir.RunDir(tmp_path, {}, 0.0, 0.0))

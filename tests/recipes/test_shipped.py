@@ -8,7 +8,7 @@ import pytest
 
 from jattrib import recipes
 from jattrib.core.errors import InvalidInputError, StoreError
-from jattrib.recipes import build, cli, shipped
+from jattrib.recipes import build, cli, rundir, shipped
 
 HEADER = """\
 # A line that is no entry.
@@ -115,3 +115,35 @@ def test_an_installed_package_finds_its_own(tmp_path, monkeypatch):
     (tmp_path / "jattrib" / "configs").mkdir()
     assert shipped.root() == tmp_path / "jattrib" / "configs"
     assert shipped.names() == []
+
+
+PARTS = {
+    "attribution/comparison_fashion_mnist.toml": "evaluation.fixed_fraction=1e-5",
+    "attribution/influence_fashion_mnist.toml": "evaluation.fixed_fraction=1e-5",
+    "attribution/influence_text.toml": "method.fraction=1e-5",
+    "attribution/magic_fashion_mnist.toml": "method.fractions=[0.01, 1e-5]",
+    "attribution/magic_text.toml": "method.smoothness_fraction=1e-5",
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_without_an_example_is_named_before_anything_is_trained(name, tmp_path):
+    text, out = tmp_path / "lines.txt", tmp_path / "out"
+    text.write_text("".join(f"line {number} of a text\n" for number in range(500)))
+    own = ["data.name=file", f"data.path={text}"] if "text" in name else []
+    recipe, config = recipes.load(shipped.root() / name, [PARTS[name], "data.train_size=400", *own])
+    with pytest.raises(InvalidInputError, match=rf"{PARTS[name].split('=')[0]}\S* = 1e-05 of 400 training examples"):
+        recipe.run(config, rundir.RunDir(out, {}, 0.0, 0.0))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", [name for name in shipped.names() if "text" not in name])
+def test_a_recipe_that_shows_images_takes_no_text(name):
+    with pytest.raises(InvalidInputError, match=r"data.kind = 'text'\n.*one of fashion_mnist_excerpt, fashion_mnist"):
+        recipes.load(shipped.root() / name, ["data.kind=text"])
+
+
+@pytest.mark.parametrize(("name", "least"), [("magic_fashion_mnist", 3), ("magic_text", 3), ("influence_text", 3)])
+def test_an_lds_has_models_enough(name, least):
+    with pytest.raises(InvalidInputError, match=rf"method.subsets = 2\n.*of at least {least}"):
+        recipes.load(shipped.root() / f"attribution/{name}.toml", ["method.subsets=2"])
