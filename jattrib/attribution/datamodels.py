@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from jattrib.attribution import surrogate
 from jattrib.attribution.design import varies
-from jattrib.core.errors import InvalidInputError
+from jattrib.core.errors import InvalidInputError, check_choice
 from jattrib.core.types import Fold
 from jattrib.metrics import lds
 from jattrib.metrics.correlation import spearman
@@ -99,10 +99,7 @@ def estimate(
             held-out models, or has a prior.
         DivergedError: as `surrogate.lasso` says.
     """
-    if regression not in ("lasso", "ridge"):
-        raise InvalidInputError(
-            f"regression = {regression!r}", expected="'lasso' or 'ridge'", remedy="name one of them"
-        )
+    check_choice("regression", regression, ("lasso", "ridge"))
     outputs = np.asarray(outputs)
     flat = outputs.reshape(len(outputs), -1)
     if regression == "lasso" and (held_out is None or prior is not None):

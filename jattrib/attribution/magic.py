@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key
 
 from jattrib.attribution import smoothness
 from jattrib.core import params, store, tree
-from jattrib.core.errors import DivergedError, InvalidInputError
+from jattrib.core.errors import DivergedError, InvalidInputError, check_choice
 from jattrib.core.progress import track
 from jattrib.core.types import Batch, Params
 from jattrib.models.model import Apply
@@ -302,12 +302,7 @@ def _weights(raw: Float[Array, " n"], parametrisation: Parametrisation) -> Float
 
 
 def _raw(weights: Float[Array, "..."], parametrisation: Parametrisation) -> Float[Array, " n"]:
-    if parametrisation not in get_args(Parametrisation):
-        raise InvalidInputError(
-            f"parametrisation = {parametrisation!r}",
-            expected=f"one of {', '.join(get_args(Parametrisation))}",
-            remedy="leave it out to have weights cut off at zero",
-        )
+    check_choice("parametrisation", parametrisation, get_args(Parametrisation))
     lowest = weights.min() if weights.ndim == 1 else jnp.asarray(jnp.nan)
     if not (lowest >= 0 if parametrisation == "clip" else lowest > 0):
         raise InvalidInputError(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from jattrib.attribution.features import check_finite
 from jattrib.core import stream, tree
-from jattrib.core.errors import InvalidInputError
+from jattrib.core.errors import InvalidInputError, check_choice
 from jattrib.core.store import Rows
 from jattrib.core.types import Batch, OutputFn, Params, Projector, Source
 from jattrib.curvature.solve import solve
@@ -217,7 +217,7 @@ def mean(total: Total, *, combination: Combination = "product_of_means") -> Floa
     Raises:
         InvalidInputError: there is no such combination.
     """
-    _check_combination(combination)
+    check_choice("combination", combination, get_args(Combination))
     count = total.checkpoints
     if combination == "mean_of_products":
         return total.weighted / count
@@ -248,7 +248,7 @@ def scores(
     Source: Park et al. 2023, section 3.2, steps 4 and 5, without the soft threshold (which `traker` lacks too).  The
     ridge is ours: the paper has none, the package an absolute one.
     """
-    _check_combination(combination)
+    check_choice("combination", combination, get_args(Combination))
     total = None
     for checkpoint, targets in zip_longest(train, queries):
         if checkpoint is None or targets is None:
@@ -262,10 +262,3 @@ def scores(
     if total is None:
         raise InvalidInputError("no checkpoints", expected="at least one", remedy="train one checkpoint or more")
     return mean(total, combination=combination)
-
-
-def _check_combination(combination: str) -> None:
-    if combination not in get_args(Combination):
-        raise InvalidInputError(
-            f"combination = {combination!r}", expected=f"one of {get_args(Combination)}", remedy="name one of them"
-        )

@@ -1,5 +1,8 @@
 """Errors that say what came, what was expected, and the remedy."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class JattribError(Exception):
     """Base of every error that this package raises on purpose; the command line prints it on one screen."""
@@ -11,6 +14,22 @@ class JattribError(Exception):
 
 class InvalidInputError(JattribError, ValueError):
     """An argument, a config or a data file is not what the function can work with."""
+
+
+def check_choice(name: str, value: object, known: Iterable[str]) -> None:
+    """Refuse an option that is none of those that there are.
+
+    Raises:
+        InvalidInputError: it is none.
+    """
+    names = tuple(known)
+    if value not in names:
+        match = difflib.get_close_matches(str(value), names, n=1)
+        raise InvalidInputError(
+            f"{name} = {value!r}",
+            expected=f"one of {', '.join(names)}",
+            remedy=f"did you mean {match[0]!r}?" if match else "name one of them",
+        )
 
 
 class StoreError(JattribError, OSError):

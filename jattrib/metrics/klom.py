@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
 
-from jattrib.core.errors import InvalidInputError
+from jattrib.core.errors import InvalidInputError, check_choice
 from jattrib.metrics import bootstrap
 from jattrib.metrics.bootstrap import Interval
 
@@ -323,10 +323,7 @@ def _check_defined(draws: Float[np.ndarray, "r x"], points: Int[np.ndarray, " _"
 
 def _fewest(form: str, bins: int) -> int:
     """Return how many models a form needs."""
-    if form not in get_args(Form):
-        raise InvalidInputError(
-            f"form = {form!r}", expected=f"one of {', '.join(get_args(Form))}", remedy="binned is the published metric"
-        )
+    check_choice("form", form, get_args(Form))
     return bins if form == "binned" else FEWEST
 
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
-from jattrib.core.errors import InvalidInputError
+from jattrib.core.errors import InvalidInputError, check_choice
 from jattrib.metrics import bootstrap, lds
 from jattrib.metrics.bootstrap import Interval
 from jattrib.metrics.correlation import Correlation, pearson, resampled_pearson, resampled_spearman, spearman
@@ -110,10 +110,7 @@ def agreement(
         InvalidInputError: there is no such measure, shapes differ, there are fewer than two models, an entry is not
             finite, nothing is removed from a model, or fewer than two queries have effects and predictions that vary.
     """
-    if measure not in _MEASURES:
-        raise InvalidInputError(
-            f"measure = {measure!r}", expected=f"one of {tuple(_MEASURES)}", remedy="name one of them"
-        )
+    check_choice("measure", measure, _MEASURES)
     predicted, actual = predict(scores, removed), np.asarray(measured, np.float64).mean(axis=1)
     per_query, constant = _MEASURES[measure][0](predicted, actual)
     if constant.all():

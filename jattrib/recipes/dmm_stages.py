@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from msgspec import Meta
 
 from jattrib.core import tree
-from jattrib.core.errors import InvalidInputError
+from jattrib.core.errors import InvalidInputError, check_choice
 from jattrib.data.vision import Dataset
 from jattrib.models.model import Apply
 from jattrib.models.outputs import margin
@@ -191,11 +191,8 @@ def check(config: Config) -> None:
     """
     method, most = config.method, config.method.models
     for key, known in (("baselines", BASELINES), ("attributions", ATTRIBUTIONS)):
-        for name in getattr(method, key):
-            if name not in known:
-                raise InvalidInputError(
-                    f"method.{key} with {name!r}", expected=f"some of {', '.join(known)}", remedy="correct the name"
-                )
+        for number, name in enumerate(getattr(method, key)):
+            check_choice(f"method.{key}[{number}]", name, known)
     for name in ("paired_models", "tuned_models", "influence_models"):
         if getattr(method, name) > most:
             raise InvalidInputError(

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Integer, Key, PyTree, UInt8, UInt32
 
 from jattrib.core import files, store, stream, tree
 from jattrib.core import mesh as meshes
-from jattrib.core.errors import DivergedError, InvalidInputError, StoreError
+from jattrib.core.errors import DivergedError, InvalidInputError, StoreError, check_choice
 from jattrib.core.types import Batch
 from jattrib.train import chunk, loop
 from jattrib.train import fit as fits
@@ -301,14 +301,8 @@ def _check(
 
 
 def _check_strategy(ensemble: Ensemble, mesh: jax.sharding.Mesh | None) -> None:
-    for name, value, known in (
-        ("strategy", ensemble.strategy, get_args(Strategy)),
-        ("removal", ensemble.removal, get_args(chunk.Removal)),
-    ):
-        if value not in known:
-            raise InvalidInputError(
-                f"{name} = {value!r}", expected=f"one of {', '.join(known)}", remedy=f"correct the ensemble's {name}"
-            )
+    check_choice("strategy", ensemble.strategy, get_args(Strategy))
+    check_choice("removal", ensemble.removal, get_args(chunk.Removal))
     if mesh is not None and ensemble.strategy in chunk.CALLS:
         raise InvalidInputError(
             f"strategy {ensemble.strategy!r} on a mesh", expected="'vmap' or 'map'",

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jattrib.core import mesh as meshes
 from jattrib.core import store, tree
-from jattrib.core.errors import DivergedError, InvalidInputError
+from jattrib.core.errors import DivergedError, InvalidInputError, check_choice
 from jattrib.core.progress import track
 from jattrib.core.types import Batch, Params
 from jattrib.train import cuts, loop, pullback
@@ -225,12 +225,7 @@ def metagradient(
     Source: Engstrom et al. 2025, section 2 (REPLAY), which replays the run once an output, on a k-ary tree of
     checkpoints.
     """
-    if checkpoints not in get_args(Checkpoints):
-        raise InvalidInputError(
-            f"checkpoints = {checkpoints!r}",
-            expected=f"one of {', '.join(get_args(Checkpoints))}",
-            remedy="to keep them on disk, pass a directory",
-        )
+    check_choice("checkpoints", checkpoints, get_args(Checkpoints))
     inputs = _checked(run, inputs)
     _check_real(run, inputs)
     plan = cuts.cut(run.order, queries, segment, block, mesh)

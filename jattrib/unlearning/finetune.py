@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jattrib.core import mesh as meshes
 from jattrib.core import tree
-from jattrib.core.errors import DivergedError, InvalidInputError
+from jattrib.core.errors import DivergedError, InvalidInputError, check_choice
 from jattrib.core.types import Batch, Params
 from jattrib.core.workers import ONE_THREAD
 from jattrib.models.model import Apply
@@ -275,14 +275,8 @@ def tune(
 
 
 def _check_choices(optimizer: str, strategy: str, mesh: jax.sharding.Mesh | None) -> None:
-    for name, value, known in (
-        ("optimizer", optimizer, ("adam", "sgd")),
-        ("strategy", strategy, ("auto", "vmap", "threads")),
-    ):
-        if value not in known:
-            raise InvalidInputError(
-                f"{name} = {value!r}", expected=f"one of {', '.join(known)}", remedy=f"{known[0]} is the default"
-            )
+    check_choice("optimizer", optimizer, ("adam", "sgd"))
+    check_choice("strategy", strategy, ("auto", "vmap", "threads"))
     if strategy == "threads" and mesh is not None:
         raise InvalidInputError(
             "strategy 'threads' on a mesh", expected="'vmap' or 'auto'", remedy="choose either, or pass no mesh"

@@ -203,7 +203,7 @@ def test_choices_score_the_average_of_parts():
         ("method.oracles=10", "method.oracles = 10.*\n.*for KLoM's 20 bins"),
         ("method.mean_models=15", "method.tuning_oracles \\+ method.mean_models = 23"),
         ("method.trak_models=30", "method.trak_models = 30"),
-        ('method.baselines=["scrubb"]', "method.baselines with 'scrubb'\n.*scrub_rewind"),
+        ('method.baselines=["scrubb"]', "method.baselines\\[0\\] = 'scrubb'\n.*scrub_rewind"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(override, message):
