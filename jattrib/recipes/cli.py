@@ -126,7 +126,7 @@ def unlearn(
         str, typer.Option("--method", help="dmm, or a baseline: ascent_descent, scrub, ssd, ...")
     ] = "dmm",
     subset_models: Annotated[int, typer.Option("--subset-models", min=8, help="Models that dmm trains.")] = 200,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=-(2**63), max=2**63 - 1, help="Of everything random.")] = 0,
 ) -> None:
     """Make a saved classifier forget some of its training examples; the same command resumes."""
     from jattrib.recipes import unlearn as unlearning

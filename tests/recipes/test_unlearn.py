@@ -191,5 +191,5 @@ def test_parameters_of_another_shape_are_refused(saved, tmp_path):
 def test_a_seed_that_no_key_has_is_refused(saved, forget, tmp_path, capsys):
     out = ["--model", saved, "--forget", forget, "--out", tmp_path / "out", "--seed", 2**63]
     assert run(out) == 2
-    assert f"{2**63}" in capsys.readouterr().err
+    assert "--seed" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
