@@ -67,9 +67,13 @@ def test_auto_takes_what_the_kernel_does_not_have(monkeypatch):
     by_rows(lambda shared, state, rows: (state,), shared, state, half)
     wide = jax.tree.map(lambda leaf: jnp.ones((5, 2**16)) if leaf.ndim == 2 else leaf, (state, rows))
     by_rows(cases.total, shared | {"scales": jnp.ones(2**16)}, *wide)
+    assert len(asked) == 1
+    many = jax.tree.map(lambda leaf: jnp.ones((2**18, *leaf.shape[1:]), leaf.dtype), (state, rows))
+    by_rows(cases.total, shared, *many)  # of whose vectors a block has eight numbers
+    assert len(asked) == 2
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     by_rows(cases.total, shared, state, rows)
-    assert len(asked) == 1
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(

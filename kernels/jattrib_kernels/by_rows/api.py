@@ -69,10 +69,11 @@ def by_rows(
 
 def _obstacle(function: Callable[..., Any], shared: Any, state: Any, rows: Any) -> str | None:
     """Return what the kernel does not have, if anything."""
-    leaves = jax.tree.leaves((shared, state, rows))
-    if wrong := {str(leaf.dtype) for leaf in leaves if leaf.dtype not in TYPES}:
+    common, by_row = jax.tree.leaves(shared), jax.tree.leaves((state, rows))
+    if wrong := {str(leaf.dtype) for leaf in (*common, *by_row) if leaf.dtype not in TYPES}:
         return f"arrays of {', '.join(sorted(wrong))}"
-    size = pallas_tpu.block_bytes(jax.tree.leaves(jax.eval_shape(function, shared, state, rows)), leaves)
+    made = jax.tree.leaves(jax.eval_shape(function, shared, state, rows))
+    size = pallas_tpu.block_bytes(common, [*by_row, *made])
     if size > pallas_tpu.MEMORY:
         return f"blocks of {size / 2**20:.0f} MiB"
     return None

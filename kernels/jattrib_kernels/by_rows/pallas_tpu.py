@@ -19,9 +19,16 @@ BETWEEN = 24
 """Arrays as wide as the widest for which there must be room beside what is read and written."""
 
 
-def block_bytes(made: Sequence[Any], given: Sequence[Any]) -> int:
-    """Return what a block takes: two of everything that is read or written, since the next is fetched meanwhile."""
-    widths = [ceil_to(leaf.shape[-1] if leaf.shape else 1, 128) for leaf in (*given, *made)]
+def block_bytes(shared: Sequence[Any], by_row: Sequence[Any]) -> int:
+    """Return what a block takes: two of everything that is read or written, since the next is fetched meanwhile.
+
+    Args:
+        shared: what all rows share.
+        by_row: arguments and results; of a vector a block has a number for each of its rows.
+    """
+    numbers = [leaf.shape[0] if leaf.ndim else 1 for leaf in shared]
+    numbers += [leaf.shape[1] if leaf.ndim == 2 else 1 for leaf in by_row]
+    widths = [ceil_to(number, 128) for number in numbers]
     return 4 * ROWS * (2 * sum(widths) + BETWEEN * max(widths))
 
 
