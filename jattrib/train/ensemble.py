@@ -281,6 +281,13 @@ def _check(
             expected="one mask and one key a model, each mask as long as the data",
             remedy="draw the masks with data.masks.subsets(key, n, ...) for this data and the keys with member_keys",
         )
+    usual = jax.random.key_impl(jax.random.key(0))
+    if meshes.is_key(keys) and jax.random.key_impl(keys) != usual:  # stores and processes have the words alone
+        raise InvalidInputError(
+            f"keys of {jax.random.key_impl(keys)!r}",
+            expected=f"keys of {usual!r}, which jax.random.key makes here",
+            remedy="make them without `impl`, or set jax_default_prng_impl for the whole program",
+        )
     included = masks.sum(axis=1)
     if included.min() == 0 or included.max() > ensemble.plan.size:
         at = int(included.argmin() if included.min() == 0 else included.argmax())

@@ -51,11 +51,22 @@ class _Matching(NamedTuple):
 
     apply: Apply
 
-    def __call__(self, params: Params, state: Any, batch: Batch, /) -> tuple[Float[Array, " b"], Any]:
+    def __call__(self, params: Params, state: Any, batch: Batch, /) -> tuple[Float[Array, "b *t"], Any]:
         inputs, targets = batch
         outputs, state = self.apply(params, state, inputs, train=True)
-        axes = tuple(range(1, outputs.ndim))
-        return jnp.mean(jnp.square(outputs - targets), axis=axes), state
+        return jnp.mean(jnp.square(outputs - targets), axis=-1), state
+
+
+class _MatchingTokens(NamedTuple):
+    """The mean of that over the tokens of a sequence; rows are inputs, and which of their tokens are no padding."""
+
+    apply: Apply
+
+    def __call__(self, params: Params, state: Any, batch: Batch, /) -> tuple[Float[Array, " b"], Any]:
+        (inputs, kept), targets = batch
+        errors, state = _Matching(self.apply)(params, state, (inputs, targets))
+        count = jnp.maximum(kept.sum(axis=-1), 1).astype(errors.dtype)
+        return jnp.where(kept, errors, 0).sum(axis=-1) / count, state
 
 
 def rows(
@@ -96,7 +107,7 @@ def match(
     settings: Settings = DEFAULT,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Models:
-    """Fine-tune every model on S towards its own targets, by the squared error of logits.
+    """Fine-tune every model on S towards its own targets, by the squared error of logits, padding's left out.
 
     Args:
         problem: what is to be forgotten.
@@ -119,12 +130,15 @@ def match(
             expected=f"targets for {shape[0]} models and {shape[1]} examples: an array of shape {shape}",
             remedy="compute the targets on `Rows.examples`, from the logits of these very models",
         )
-    inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen.examples[chosen.draws]], problem.data[0])
+    drawn = chosen.examples[chosen.draws]
+    inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf)[drawn], problem.data[0])
+    labels = np.asarray(problem.data[1])[drawn]
     own = jnp.asarray(targets)[:, chosen.draws]
     steps = finetune.shuffled(keys, len(chosen.draws), settings)
-    return finetune.tune(
-        _Matching(problem.apply), models, inputs, own, steps, optimizer=settings.optimizer, mesh=mesh
-    )  # fmt: skip
+    loss, seen = _Matching(problem.apply), inputs
+    if labels.ndim > 1:
+        loss, seen = _MatchingTokens(problem.apply), (inputs, labels >= 0)
+    return finetune.tune(loss, models, seen, own, steps, optimizer=settings.optimizer, mesh=mesh)
 
 
 def datamodel_matching(

@@ -241,6 +241,7 @@ def test_steps_take_no_mesh(data):
         ({"removal": "zero-weight"}, lambda m, k: (m, k), "removal = 'zero-weight'(?s:.*)skip, zero_weight"),
         ({"strategy": "pmap"}, lambda m, k: (m, k), "strategy = 'pmap'(?s:.*)vmap, map, threads"),
         ({}, lambda m, k: (m[0], k), r"masks of shape \(40,\)"),
+        ({}, lambda m, k: (m, jax.random.split(jax.random.key(0, impl="rbg"), 4)), r"keys of 'rbg'\n.*'threefry2x32'"),
     ],
 )
 def test_what_shapes_do_not_tell_is_refused_in_words(data, shapes_unchecked, change, spoil, message):

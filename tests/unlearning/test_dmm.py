@@ -72,6 +72,26 @@ def test_targets_of_others_are_refused(task):
         dmm.direct(np.zeros((2, 7, 3)), np.zeros((6, 3)))
 
 
+def test_tokens_are_matched_where_they_are_no_padding(sequences):
+    """Gradient descent on `Σ_t kept ‖xW + b − target‖² / (C Σ_t kept)`, in NumPy and float64."""
+    problem, models, keys = sequences
+    chosen = dmm.rows(problem, jax.random.key(0), retain_ratio=100)
+    targets = np.random.default_rng(6).standard_normal((2, 12, 4, 3)).astype(np.float32)
+    kept = problem.data[1][chosen.examples] >= 0
+    targets[:, ~kept] = 1e3
+    settings = finetune.Settings(epochs=1, batch_size=100, learning_rate=0.3, optimizer="sgd")
+    found = dmm.match(problem, models, chosen, targets, keys, settings=settings)
+    x = np.asarray(problem.data[0], np.float64)[chosen.examples]
+    weight = np.bincount(chosen.draws)[:, None] / len(chosen.draws) * kept / kept.sum(axis=1, keepdims=True)
+    for number in range(2):
+        kernel, bias = (np.asarray(models.params[name][number], np.float64) for name in ("kernel", "bias"))
+        error = weight[..., None] * (x @ kernel + bias - targets[number]) * 2 / 3
+        np.testing.assert_allclose(
+            found.params["kernel"][number], kernel - 0.3 * np.einsum("ntd,ntc->dc", x, error), rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_allclose(found.params["bias"][number], bias - 0.3 * error.sum((0, 1)), rtol=1e-4, atol=1e-5)
+
+
 def test_a_multiplier_is_found_whatever_all_classes_share():
     random = np.random.default_rng(0)
     shift = random.standard_normal((20, 3))
