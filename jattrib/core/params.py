@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jattrib.core import files, tree
-from jattrib.core.errors import StoreError
+from jattrib.core import files, mesh, tree
+from jattrib.core.errors import InvalidInputError, StoreError
 
 ARRAYS = "arrays"
+
+REFUSED = (ValueError, RuntimeError)
+"""What orbax raises where the operating system refuses to write."""
 
 
 def save_params(path: Path, params: PyTree, identity: Mapping[str, Any] | None = None) -> None:
@@ -25,20 +28,20 @@ def save_params(path: Path, params: PyTree, identity: Mapping[str, Any] | None =
     In a program of several processes, one of them should call it, with arrays that it holds whole (`mesh.fetch`).
 
     Raises:
-        InvalidInputError: two leaves have one path.
+        InvalidInputError: two leaves have one path, or one is no array of numbers or of typed keys.
         StoreError: the directory cannot be written.
     """
     path = Path(path)
-    named = {name: np.asarray(leaf, _dtype(leaf)) for name, leaf in tree.to_names(params).items()}
+    leaves = tree.to_names(params)
+    named = {name: _array(name, leaf) for name, leaf in leaves.items()}
     with files.writing(path):
         path.mkdir(parents=True, exist_ok=True)
         older = _versions(path)
         data = f"{ARRAYS}-{max(older.values(), default=0) + 1}"
         stored = {name: leaf for name, leaf in named.items() if leaf.size}
         if stored:
-            with _orbax() as checkpointer:
-                checkpointer.save((path / data).absolute(), stored)
-        described = {name: [list(leaf.shape), leaf.dtype.name] for name, leaf in named.items()}
+            _write(path / data, stored)
+        described = {name: _described(leaf) for name, leaf in leaves.items()}
         manifest = {"format": files.FORMAT, "digest": tree.digest(named), "data": data, "arrays": described}
         files.write_manifest(path / files.MANIFEST, {**manifest, "identity": dict(identity or {})})
         for each in older:
@@ -71,9 +74,9 @@ def load_params(path: Path, like: PyTree, identity: Mapping[str, Any] | None = N
     if identity is not None:
         files.check_identity(path, manifest["identity"], identity)
     wanted = tree.to_names(like)
-    asked = {name: [list(np.shape(leaf)), _dtype(leaf).name] for name, leaf in wanted.items()}
-    _check_tree(path, manifest["arrays"], asked)
-    named = {name: np.zeros(shape, dtype) for name, (shape, dtype) in asked.items()}
+    _check_tree(path, manifest["arrays"], {name: _described(leaf) for name, leaf in wanted.items()})
+    words = {name: jax.eval_shape(mesh.words, leaf) if _is_key(leaf) else leaf for name, leaf in wanted.items()}
+    named = {name: np.zeros(np.shape(leaf), _dtype(leaf)) for name, leaf in words.items()}
     try:
         with _orbax() as checkpointer:
             import orbax.checkpoint as ocp
@@ -82,12 +85,15 @@ def load_params(path: Path, like: PyTree, identity: Mapping[str, Any] | None = N
             args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored}
             if stored:
                 named |= checkpointer.restore((path / manifest["data"]).absolute(), item=stored, restore_args=args)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise files.altered(path / manifest["data"], str(error).splitlines()[0]) from error
     if tree.digest(named) != manifest["digest"]:
         raise files.altered(path / manifest["data"], "the parameters do not match their digest")
     host = {name: isinstance(leaf, np.ndarray | np.generic) for name, leaf in wanted.items()}
-    return tree.from_names(like, {name: leaf if host[name] else jnp.asarray(leaf) for name, leaf in named.items()})
+    found = {name: leaf if host[name] else jnp.asarray(leaf) for name, leaf in named.items()}
+    return tree.from_names(
+        like, {name: mesh.keyed(leaf, wanted[name]) if _is_key(wanted[name]) else leaf for name, leaf in found.items()}
+    )
 
 
 def exists(path: Path) -> bool:
@@ -112,8 +118,47 @@ def _versions(path: Path) -> dict[Path, int]:
     return {each: int(match[1]) for each, match in found.items() if match}
 
 
+def _write(data: Path, stored: Mapping[str, np.ndarray]) -> None:
+    """Write arrays; where that fails, what there is of them is removed, for they may be what filled the disk."""
+    try:
+        with _orbax() as checkpointer:
+            checkpointer.save(data.absolute(), dict(stored))
+    except (OSError, *REFUSED) as error:
+        for each, number in _versions(data.parent).items():
+            if data.name == f"{ARRAYS}-{number}":
+                shutil.rmtree(each, ignore_errors=True)
+        raise error if isinstance(error, OSError) else OSError(str(error).splitlines()[0]) from error
+
+
+def _array(name: str, leaf: Any) -> np.ndarray:
+    """Return a leaf as NumPy keeps it, in native byte order; of typed keys, their words."""
+    try:
+        array = mesh.fetch(leaf) if _is_key(leaf) else np.asarray(leaf, _dtype(leaf))
+    except (TypeError, OverflowError) as error:
+        raise _no_array(name, repr(leaf)) from error
+    if array.dtype.kind in "OSUMm":
+        raise _no_array(name, f"of dtype {array.dtype}")
+    return array
+
+
+def _no_array(name: str, what: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"the leaf {name!r}, {what}",
+        expected="an array of numbers or of typed keys",
+        remedy="keep other things in `identity`, or beside it with `core.store.write_json`",
+    )
+
+
+def _described(leaf: Any) -> list[Any]:
+    return [list(np.shape(leaf)), str(leaf.dtype) if _is_key(leaf) else _dtype(leaf).name]
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and mesh.is_key(leaf)
+
+
 def _dtype(leaf: Any) -> np.dtype:
-    return np.dtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf))
+    return np.dtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)).newbyteorder("=")
 
 
 def _check_tree(path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -129,12 +174,12 @@ def _check_tree(path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any])
 
 @contextmanager
 def _orbax() -> Iterator[Any]:
-    """Yield a checkpointer of this process alone, its log silent but for errors."""
+    """Yield a checkpointer of this process alone, its log silent: what goes wrong is raised."""
     import orbax.checkpoint as ocp  # half a second that only those who save or load need to wait
 
     log = logging.getLogger("absl")
     level = log.level
-    log.setLevel(logging.ERROR)
+    log.setLevel(logging.CRITICAL)
     me = jax.process_index()
     options = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"

@@ -1,9 +1,11 @@
+import errno
 import logging
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 import pytest
 
 from jattrib.core import files, params, store
@@ -80,6 +82,65 @@ def test_the_old_one_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
             store.save_params(tmp_path / "p", {"w": jnp.ones(2)}, {"number": 1})
     found = store.load_params(tmp_path / "p", {"w": jnp.ones(2)}, {"number": 0})
     np.testing.assert_array_equal(found["w"], [0, 0])
+
+
+def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_nothing_on_it(tmp_path, monkeypatch, caplog):
+    store.save_params(tmp_path / "p", {"w": jnp.zeros(2)})
+
+    def full(self, path, *args, **options):
+        unfinished = path.with_name(f"{path.name}.orbax-checkpoint-tmp")
+        unfinished.mkdir()
+        (unfinished / "part").write_bytes(b"0")
+        logging.getLogger("absl").error("No space left on device")
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(orbax.checkpoint.Checkpointer, "save", full)
+        with pytest.raises(StoreError, match=r"p cannot be written: .*No space left(.|\n)*free some space"):
+            store.save_params(tmp_path / "p", {"w": jnp.ones(2)})
+    assert sorted(os.listdir(tmp_path / "p")) == ["arrays-1", "manifest.json"]
+    np.testing.assert_array_equal(store.load_params(tmp_path / "p", {"w": jnp.ones(2)})["w"], [0, 0])
+    assert caplog.records == []
+
+
+def test_a_file_that_cannot_be_finished_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        store.write_json(tmp_path / "summary.json", {})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_keys_there_and_back(tmp_path, impl):
+    keys = {"one": jax.random.key(3, impl=impl), "many": jax.random.split(jax.random.key(4, impl=impl), 3)}
+    store.save_params(tmp_path / "p", keys)
+    for like in (keys, jax.eval_shape(lambda: keys)):
+        found = store.load_params(tmp_path / "p", like)
+        for name, key in keys.items():
+            assert found[name].dtype == key.dtype
+            np.testing.assert_array_equal(jax.random.key_data(found[name]), jax.random.key_data(key))
+    other = {**keys, "one": jax.random.key(3, impl="unsafe_rbg")}
+    with pytest.raises(StoreError, match=r"at 'one' it has key<\w+>\[\], this model has key<urbg>\[\]"):
+        store.load_params(tmp_path / "p", other)
+
+
+def test_any_byte_order_is_saved(tmp_path):
+    value = np.array([1.0, 2.5], ">f4")
+    store.save_params(tmp_path / "p", {"w": value})
+    for like in (value, np.zeros(2, np.float32)):
+        found = store.load_params(tmp_path / "p", {"w": like})["w"]
+        assert found.dtype.isnative
+        np.testing.assert_array_equal(found, [1.0, 2.5])
+
+
+@pytest.mark.parametrize("leaf", ["gelu", np.array(["a"]), np.array([None]), 2**70])
+def test_what_is_no_number_is_refused_by_its_path(tmp_path, leaf):
+    with pytest.raises(InvalidInputError, match=r"the leaf 'a/b'(.|\n)*write_json"):
+        store.save_params(tmp_path / "p", {"a": {"b": leaf}})
+    assert os.listdir(tmp_path) == []
 
 
 def test_removal_takes_nothing_else(tmp_path):
