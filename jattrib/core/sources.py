@@ -45,13 +45,14 @@ class Subset:
     """Some examples of a source, in the order of `indices`.
 
     Raises:
-        InvalidInputError: an index is out of range.
+        InvalidInputError: an index is out of range, or they are no whole numbers, such as a mask.
     """
 
     source: Source
     indices: Integer[np.ndarray, " n"]
 
     def __post_init__(self):
+        check_indices(self.indices)
         outside = (self.indices < 0) | (self.indices >= len(self.source))
         if outside.any():
             raise InvalidInputError(
@@ -66,6 +67,20 @@ class Subset:
     def take(self, indices: Integer[np.ndarray, " b"]) -> Batch:
         """Return the examples at `indices` of the subset."""
         return self.source.take(self.indices[indices])
+
+
+def check_indices(indices: np.ndarray) -> None:
+    """Refuse what is no array of whole numbers: a mask, above all, would be taken for zeros and ones.
+
+    Raises:
+        InvalidInputError: it is none.
+    """
+    if indices.size and not np.issubdtype(indices.dtype, np.integer):
+        raise InvalidInputError(
+            f"indices of dtype {indices.dtype}",
+            expected="the numbers of examples, counted from 0",
+            remedy="of a mask, pass `np.flatnonzero(mask)`",
+        )
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from jattrib.core import files, mesh, tree
 from jattrib.core.errors import InvalidInputError, StoreError
 from jattrib.core.files import read_json, write_json
 from jattrib.core.params import load_params, save_params
+from jattrib.core.sources import check_indices
 
 __all__ = ["Rows", "identified", "load_params", "read_json", "row_arrays", "save_params", "write_json"]
 
@@ -295,6 +296,7 @@ class Rows:
     def take(self, indices: Integer[np.ndarray, " b"]) -> dict[str, np.ndarray]:
         """Return the rows at `indices` of every array, by name; it raises what `read` raises."""
         indices = np.asarray(indices)
+        check_indices(indices)
         taken = {name: np.empty((len(indices), *shape), dtype) for name, (shape, dtype) in self.arrays.items()}
         for number in np.unique(indices // self.chunk):
             here = indices // self.chunk == number

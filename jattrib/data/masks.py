@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Integer, UInt32
 
 from jattrib.core.errors import InvalidInputError
+from jattrib.core.sources import check_indices
 from jattrib.core.types import Key
 
 CHUNK_WORDS = 1 << 22
@@ -25,7 +26,7 @@ def subsets(key: Key, n: int, *, alpha: float, count: int) -> Bool[np.ndarray, "
     Raises:
         InvalidInputError: a subset would be empty or everything, or `count` is not positive.
     """
-    size = round(alpha * n)
+    size = round(alpha * n) if np.isfinite(alpha) else 0
     if not 0 < size < n:
         raise InvalidInputError(
             f"subsets of {size} of {n} examples (alpha = {alpha})",
@@ -64,13 +65,16 @@ def leave_out(
     """Return one mask a group: everything but the examples at the group's indices.
 
     Raises:
-        InvalidInputError: there is no group, a group is empty or everything, or an index is outside `[0, n)`.
+        InvalidInputError: there is no group, a group is empty or everything, or an index is outside `[0, n)` or no whole
+            number.
     """
     if len(groups) == 0:
         raise InvalidInputError("no groups", expected="at least one", remedy="give the indices to leave out")
     masks = np.ones((len(groups), n), bool)
     for at, group in enumerate(groups):
-        indices = np.asarray(group, dtype=np.intp)
+        indices = np.asarray(group)
+        check_indices(indices)
+        indices = indices.astype(np.intp)
         if indices.size and (indices.min() < 0 or indices.max() >= n):
             raise InvalidInputError(
                 f"indices from {indices.min()} to {indices.max()} in group {at}",

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int32, Integer, UInt
 
 from jattrib.core.errors import InvalidInputError, StoreError
+from jattrib.core.sources import check_indices
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +36,10 @@ class TokenShards:
         """Return the sequences at `indices`, which count through the shards in their order.
 
         Raises:
-            InvalidInputError: an index is out of range, or a token does not fit int32.
+            InvalidInputError: an index is out of range or no whole number, or a token does not fit int32.
         """
         indices = np.asarray(indices)
+        check_indices(indices)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
             raise InvalidInputError(
                 f"sequences {indices.min()} to {indices.max()} of {len(self)}",

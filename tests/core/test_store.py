@@ -292,6 +292,12 @@ def test_rows_that_are_not_in_it_cannot_be_read(filled, name, start, stop):
         filled.read(name, start, stop)
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_a_mask_is_not_taken_for_row_numbers(filled):
+    with pytest.raises(InvalidInputError, match=r"indices of dtype bool(.|\n)*np.flatnonzero\(mask\)"):
+        filled.take(np.array([True, False, True]))
+
+
 def test_empty_rows_are_rows(tmp_path):
     made = Rows.create(tmp_path / "s", arrays={"none": ((0, 2), np.float32), "all": ((), np.int64)}, length=3, chunk=2)
     made.write(0, {"none": np.zeros((3, 0, 2), np.float32), "all": np.arange(3)})

@@ -336,6 +336,13 @@ def test_sources_select_and_stack():
             stream.InMemory(batch)
 
 
+@pytest.mark.parametrize("indices", [np.array([True, False, True]), np.array([0.0])])
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_a_mask_is_not_taken_for_the_numbers_of_examples(indices):
+    with pytest.raises(InvalidInputError, match=r"indices of dtype (.|\n)*np.flatnonzero\(mask\)"):
+        stream.Subset(stream.Items([1.0, 2.0, 3.0]), indices)
+
+
 def test_the_layout_of_a_store_comes_from_the_function(tmp_path):
     data = draw(11)
     arrays = store.row_arrays(jax.eval_shape(project, MATRIX, data))

@@ -52,7 +52,7 @@ def test_the_lowest_words_are_those_of_a_stable_sort(words, data):
     np.testing.assert_array_equal(masks._lowest(np.array([words], np.uint32), size)[0], expected)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0, 0.001, -1.0, 2.0])
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 0.001, -1.0, 2.0, float("nan"), float("inf")])
 def test_subsets_of_nothing_or_everything_are_refused(key, alpha):
     with pytest.raises(InvalidInputError, match=r"subsets of -?\d+ of 100 examples(.|\n)*choose alpha between 0 and 1"):
         masks.subsets(key, 100, alpha=alpha, count=2)
@@ -77,8 +77,11 @@ def test_leave_out_takes_groups_of_any_sizes():
         ([np.arange(4)], "mask 0 of 1 is empty"),
         ([np.array([0]), np.array([2, 4])], "indices from 2 to 4 in group 1\n  expected: indices from 0 to 3"),
         ([np.array([-1])], "indices from -1 to -1 in group 0"),
+        (np.eye(4, dtype=bool), r"indices of dtype bool(.|\n)*np.flatnonzero\(mask\)"),
+        ([np.array([1.7])], "indices of dtype float64"),
     ],
 )
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_leave_out_refuses_unsound_groups(groups, message):
     with pytest.raises(InvalidInputError, match=message):
         masks.leave_out(4, groups)

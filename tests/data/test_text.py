@@ -44,6 +44,12 @@ def test_an_index_out_of_range_is_refused(shards):
             source.take(np.array([index]))
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_a_mask_is_not_taken_for_numbers_of_sequences(shards):
+    with pytest.raises(InvalidInputError, match="indices of dtype bool"):
+        text.token_shards(shards, length=3).take(np.array([True, False]))
+
+
 def test_a_token_of_the_wrong_width_is_refused(tmp_path):
     np.array([1, 2**31], "<u4").tofile(tmp_path / "a.bin")
     with pytest.raises(InvalidInputError, match=r"tokens of 2\*\*31 and more"):
