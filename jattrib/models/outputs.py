@@ -36,6 +36,7 @@ def margin(logits: Float[Array, " c"], label: Integer[Array, ""]) -> Float[Array
             f"{classes} logits", expected="at least two classes", remedy="give a binary model two logits, (0, z)"
         )
     # Masks, not indexing: under vmap and grad an index becomes a gather and a scatter, which are slow on accelerators.
+    label = _wide(label)
     own = jnp.arange(classes, dtype=label.dtype) == label
     # Everything is taken relative to the largest other logit, so that a common offset costs no digits.
     top = jax.lax.stop_gradient(jnp.max(jnp.where(own, -jnp.inf, logits)))
@@ -193,8 +194,13 @@ def draw_label(key: Key, logits: Float[Array, "*t c"], example: Example) -> Exam
     Logits in half precision are drawn from in single: its noise would hardly ever choose a rare label.
     """
     x, y = example
-    y, logits = jnp.asarray(y), logits.astype(tree.sum_dtype(logits.dtype))
+    y, logits = _wide(jnp.asarray(y)), logits.astype(tree.sum_dtype(logits.dtype))
     return x, jnp.where(y < 0, y, jax.random.categorical(key, logits).astype(y.dtype))
+
+
+def _wide(label: Integer[Array, "..."]) -> Integer[Array, "..."]:
+    """Return labels in a type that counts all classes: those of a byte would begin again at the 257th."""
+    return label if label.dtype.itemsize >= 4 else label.astype(jnp.int32)
 
 
 def _logits(apply: Apply, params: Params, state: Any, x: Any) -> Float[Array, "*t c"]:

@@ -63,6 +63,16 @@ def test_every_label_and_double_precision(x64):
         np.testing.assert_allclose(outputs.cross_entropy(logits, jnp.int64(label)), -np.log(p), rtol=1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "label"), [(np.uint8, 3), (np.int8, 100), (np.uint16, 299), (np.bool_, 1)])
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_labels_of_a_byte_are_told_from_those_a_turn_away(dtype, label):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=300).astype(np.float32))
+    expected = logits[label] - np.log(np.exp(np.delete(np.asarray(logits), label)).sum())
+    np.testing.assert_allclose(outputs.margin(logits, jnp.asarray(dtype(label))), expected, rtol=1e-5)
+    sure = jnp.where(jnp.arange(300) == 299, 1e4, logits)
+    assert int(outputs.draw_label(jax.random.key(0), sure, (0.0, dtype(label)))[1]) == 299
+
+
 def test_one_logit_is_refused():
     with pytest.raises(InvalidInputError, match=r"1 logits\n  expected: at least two classes\n.*two logits, \(0, z\)"):
         outputs.margin(jnp.ones(1), jnp.int32(0))
