@@ -257,7 +257,8 @@ def decoder(config: Config) -> Model:
     """
     sizes = (config.vocabulary, config.context, config.width, config.layers, config.heads, config.inner, config.groups)
     known = config.style in STYLES and config.dtype in (None, *DTYPES)
-    if min(sizes) < 1 or config.epsilon <= 0 or not known:
+    narrow = config.head_width is not None and config.head_width < 1
+    if min(sizes) < 1 or narrow or config.epsilon <= 0 or not known:
         raise InvalidInputError(
             str(config),
             expected=f"positive sizes, a style among {', '.join(STYLES)}, a dtype among {', '.join(DTYPES)} or None",

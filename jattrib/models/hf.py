@@ -68,7 +68,7 @@ def read(
 def write(
     directory: str | Path, config: gpt.Config, params: Params, *, dtype: Any = None, file_bytes: int = FILE_BYTES
 ) -> None:
-    """Write a model as `read` reads it.
+    """Write a model as `read` reads it; while it is not complete, the directory has no `config.json`.
 
     Args:
         directory: is made if it is not there.
@@ -94,6 +94,9 @@ def write(
             )
     kind = next(iter(named.values())).dtype if dtype is None else jnp.dtype(dtype)
     groups = list(_groups(config, named, kind, file_bytes))
+    with files.writing(directory):  # what was there before must not be taken for a part of this one
+        for name in ("config.json", INDEX):
+            (directory / name).unlink(missing_ok=True)
     total, holders = 0, {}
     for number, names in enumerate(groups, 1):
         file = WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -144,7 +147,7 @@ def _places(config: gpt.Config) -> dict[str, _Place]:
 def _arrays(directory: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Return the arrays of all files, mapped; GPT-2's may lack the prefix of their names."""
     if (directory / INDEX).is_file():
-        names = sorted(set(files.read_json(directory / INDEX)["weight_map"].values()))
+        names = _indexed(directory / INDEX)
     else:
         names = [WEIGHTS]
     found: dict[str, Any] = {}
@@ -152,6 +155,18 @@ def _arrays(directory: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
         found |= safetensors.read(directory / name)
     bare = any(name.startswith("h.") for name in found)
     return {f"transformer.{name}" if bare and name != "lm_head.weight" else name: leaf for name, leaf in found.items()}
+
+
+def _indexed(index: Path) -> list[str]:
+    told = files.read_json(index)
+    holders = told.get("weight_map") if isinstance(told, dict) else None
+    if not isinstance(holders, dict) or not all(isinstance(name, str) for name in holders.values()):
+        raise StoreError(
+            f"{index} tells of no files",
+            expected="weight_map, from the names of arrays to those of files",
+            remedy="fetch it again; it is damaged",
+        )
+    return sorted(set(holders.values()))
 
 
 def _check_names(directory: Path, config: gpt.Config, wanted: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:

@@ -15,6 +15,17 @@ _GPT2_ONLY = {
 }
 _LLAMA_ONLY = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1, None)}
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(
+        ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "max_position_embeddings", "hidden_size",
+         "num_hidden_layers", "num_attention_heads", "intermediate_size"), (int,),
+    ),
+    **dict.fromkeys(("n_inner", "num_key_value_heads", "head_dim"), (int, type(None))),
+    **dict.fromkeys(("layer_norm_epsilon", "rms_norm_eps", "rope_theta"), (float, int)),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), (dict, type(None))),
+    "tie_word_embeddings": (bool,),
+}  # fmt: skip
+
 
 def read_config(directory: str | Path) -> gpt.Config:
     """Return the shape that `config.json` tells of.
@@ -33,6 +44,13 @@ def read_config(directory: str | Path) -> gpt.Config:
     for key, known in (_GPT2_ONLY if kind == "gpt2" else _LLAMA_ONLY).items():
         if key in told and told[key] not in known:
             raise _unknown(path, key, told[key], f"{known[0]!r}")
+    for key, types in _TYPES.items():
+        if key in told and type(told[key]) not in types:
+            raise InvalidInputError(
+                f"{path}: {key} = {told[key]!r}",
+                expected=" or ".join("null" if each is type(None) else each.__name__ for each in types),
+                remedy="fetch it again; it is damaged or of another kind of model",
+            )
     try:
         return _gpt2(told) if kind == "gpt2" else _llama(path, told)
     except KeyError as error:

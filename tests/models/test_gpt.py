@@ -241,6 +241,7 @@ def test_it_learns_through_the_training_loop_and_serves_as_an_output_function():
     ("changes", "message"),
     [
         ({"width": 0}, "width=0.*\n  expected: positive sizes"),
+        ({"head_width": 0}, "head_width=0.*\n  expected: positive sizes"),
         ({"style": "bert"}, "style='bert'.*\n  expected: .*a style among gpt2, llama"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"heads": 3}, "width 8, 3 heads, 3 of keys and values\n  expected: heads that divide the width"),

@@ -230,6 +230,12 @@ def test_another_tree_is_refused_by_its_first_name(tmp_path, change, message):
         (LLAMA | {"rope_scaling": {"type": "yarn"}}, "rope_scaling = 'yarn'\n  expected: 'default' or 'llama3'"),
         (GPT2 | {"activation_function": "relu"}, "activation_function = 'relu'"),
         ({key: told for key, told in GPT2.items() if key != "n_head"}, "no n_head"),
+        (GPT2 | {"n_embd": "8"}, "n_embd = '8'\n  expected: int"),
+        (GPT2 | {"n_positions": 8.0}, "n_positions = 8.0\n  expected: int"),
+        (LLAMA | {"num_hidden_layers": None}, "num_hidden_layers = None\n  expected: int"),
+        (LLAMA | {"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6'\n  expected: float or int"),
+        (LLAMA | {"rope_scaling": "llama3"}, "rope_scaling = 'llama3'\n  expected: dict or null"),
+        (LLAMA | {"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false'\n  expected: bool"),
     ],
 )
 def test_settings_that_the_decoder_lacks_are_refused(tmp_path, told, message):
@@ -259,6 +265,38 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     params = jax.tree.map(lambda leaf: np.zeros((*leaf.shape[:-1], 3), np.float32), like)
     with pytest.raises(InvalidInputError, match=r"embedding/positions of shape \(6, 3\)\n  expected: \(6, 8\)"):
         hf.write(tmp_path, config, params)
+
+
+def test_a_model_written_over_another_is_the_one_that_is_read(tmp_path, monkeypatch):
+    config = gpt.Config("gpt2", V, CONTEXT, D, LAYERS, 2)
+    old, new = (gpt.decoder(config).init(jax.random.key(seed))[0] for seed in range(2))
+    hf.write(tmp_path, config, old, file_bytes=1000)
+    hf.write(tmp_path, config, new)
+    assert tree.digest(hf.read(tmp_path)[1]) == tree.digest(new)
+    hf.write(tmp_path, config, old, file_bytes=1000)
+    assert tree.digest(hf.read(tmp_path)[1]) == tree.digest(old)
+
+    write, written = safetensors.write, []
+
+    def killed(path, *args, **options):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, *args, **options)
+
+    monkeypatch.setattr(safetensors, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        hf.write(tmp_path, config, new, file_bytes=1000)
+    with pytest.raises(StoreError, match=r"config\.json cannot be read"):
+        hf.read(tmp_path)
+
+
+@pytest.mark.parametrize("told", [None, [], {}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}])
+def test_an_index_that_tells_of_no_files_is_refused(tmp_path, told):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(told))
+    with pytest.raises(StoreError, match=r"index\.json tells of no files"):
+        hf.read(tmp_path)
 
 
 def test_a_directory_without_weights_is_refused(tmp_path):
