@@ -82,7 +82,8 @@ class Rows:
         path = Path(path)
         _check_layout(arrays, length, chunk)
         described = {name: {"shape": list(s), "dtype": np.dtype(d).name} for name, (s, d) in arrays.items()}
-        partial = files.beside(path)
+        target = path.resolve()  # of a link, the directory that it names
+        partial = files.beside(target)
         with _writing(path):
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise StoreError(
@@ -97,10 +98,10 @@ class Rows:
                 (partial / JOURNAL).touch()
                 manifest = {"format": files.FORMAT, "length": length, "chunk": chunk, "arrays": described}
                 files.write_manifest(partial / files.MANIFEST, {**manifest, "identity": dict(identity or {})})
-                partial.rename(path)
+                partial.rename(target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-            files.sync_directory(path.parent)
+            files.sync_directory(target.parent)
         return cls(path)
 
     @classmethod
@@ -192,7 +193,7 @@ class Rows:
             InvalidInputError: the rows are not whole chunks of these arrays.
             StoreError: the directory cannot be written.
         """
-        rows = {name: np.ascontiguousarray(each).reshape(np.shape(each)) for name, each in rows.items()}
+        rows = {name: _native(each) for name, each in rows.items()}
         stop = start + self._check_rows(start, rows)
         handles = {name: self._handle(name) for name in rows}
         with _writing(self.path):
@@ -355,6 +356,11 @@ def _writing(path: Path) -> Iterator[None]:
             raise OSError(str(error).splitlines()[0]) from error
 
 
+def _native(array: np.ndarray) -> np.ndarray:
+    dtype = np.asarray(array).dtype.newbyteorder("=")
+    return np.ascontiguousarray(array, dtype).reshape(np.shape(array))
+
+
 def _layout(chunk: int, arrays: RowArrays) -> dict[str, Any]:
     rows = {f"row of {name!r}": f"{np.dtype(dtype).name}{list(shape)}" for name, (shape, dtype) in arrays.items()}
     return {"chunk": chunk, **rows}
@@ -368,6 +374,21 @@ def _check_layout(arrays: RowArrays, length: int, chunk: int) -> None:
             expected="at least one array, each with a name, one row or more, and a chunk of one row or more",
             remedy="check what is to be stored: an empty source, perhaps",
         )
+    for name, (_, dtype) in arrays.items():
+        if not _is_storable(np.dtype(dtype)):
+            raise InvalidInputError(
+                f"a store of {np.dtype(dtype)} rows {name!r}",
+                expected="numbers or truths",
+                remedy="store numbers that stand for them, or write them with `core.store.write_json`",
+            )
+
+
+def _is_storable(dtype: np.dtype) -> bool:
+    try:
+        tensorstore.dtype(dtype.name)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _array_path(path: Path, name: str) -> Path:

@@ -238,6 +238,30 @@ def test_where_a_store_cannot_be(tmp_path):
     assert not Rows.create(tmp_path / "empty", **layout).completed.any()
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_leads_to_the_store(tmp_path, rows, there):
+    (tmp_path / "disk").mkdir()
+    if there:
+        (tmp_path / "disk" / "s").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "s")
+    Rows.create(tmp_path / "link", arrays=ARRAYS, length=10, chunk=4).write(0, rows)
+    assert (tmp_path / "link").is_symlink()
+    np.testing.assert_array_equal(Rows.open(tmp_path / "disk" / "s").array("flag"), rows["flag"])
+
+
+def test_any_byte_order_is_stored(tmp_path):
+    made = Rows.create(tmp_path / "s", arrays={"x": ((), np.dtype(">f4"))}, length=2, chunk=2)
+    made.write(0, {"x": np.array([1.0, 2.5], ">f4")})
+    np.testing.assert_array_equal(Rows.open(made.path).array("x"), np.array([1.0, 2.5], np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["U3", "S3", object, "datetime64[s]", "V8", [("a", "f4")]])
+def test_rows_of_no_numbers_are_refused_by_name(tmp_path, dtype):
+    with pytest.raises(InvalidInputError, match=r"a store of .* rows 'words'\n  expected: numbers"):
+        Rows.create(tmp_path / "s", arrays={"words": ((), np.dtype(dtype))}, length=2, chunk=2)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_an_error_with_a_remedy(filled, rows):
     shutil.rmtree(filled.path / "arrays" / "flag" / "c")
     (filled.path / "arrays" / "flag" / "c").write_text("no directory")
