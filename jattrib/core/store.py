@@ -66,7 +66,7 @@ class Rows:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path = path.absolute()  # or a change of directory would lead elsewhere
         self.refresh()
 
     @classmethod
@@ -229,6 +229,7 @@ class Rows:
             InvalidInputError: `length` is less than what it has.
             StoreError: the directory cannot be written.
         """
+        self.refresh()
         if length < self.length:
             raise InvalidInputError(
                 f"length = {length}", expected=f"at least the {self.length} rows of {self.path}",
@@ -239,8 +240,9 @@ class Rows:
         handles = {name: self._handle(name) for name in self.arrays}
         with _writing(self.path):
             for name, (shape, _) in self.arrays.items():
-                resized = handles[name].resize(exclusive_max=[length, *shape], expand_only=True)
-                self._handles[name] = resized.result()
+                if handles[name].shape[0] < length:  # it is longer where an extension was killed
+                    resized = handles[name].resize(exclusive_max=[length, *shape], expand_only=True)
+                    self._handles[name] = resized.result()
         manifest = files.read_manifest(self.path / files.MANIFEST)
         files.write_manifest(self.path / files.MANIFEST, {**manifest, "length": length})
         self.length = length

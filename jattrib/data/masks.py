@@ -65,8 +65,8 @@ def leave_out(
     """Return one mask a group: everything but the examples at the group's indices.
 
     Raises:
-        InvalidInputError: there is no group, a group is empty or everything, or an index is outside `[0, n)` or no whole
-            number.
+        InvalidInputError: there is no group, a group is empty or everything, or an index is outside `[0, n)` or is no
+            whole number.
     """
     if len(groups) == 0:
         raise InvalidInputError("no groups", expected="at least one", remedy="give the indices to leave out")

@@ -146,10 +146,7 @@ def _places(config: gpt.Config) -> dict[str, _Place]:
 
 def _arrays(directory: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Return the arrays of all files, mapped; GPT-2's may lack the prefix of their names."""
-    if (directory / INDEX).is_file():
-        names = _indexed(directory / INDEX)
-    else:
-        names = [WEIGHTS]
+    names = _indexed(directory / INDEX) if (directory / INDEX).is_file() else [WEIGHTS]
     found: dict[str, Any] = {}
     for name in names:
         found |= safetensors.read(directory / name)

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -236,6 +237,33 @@ def test_where_a_store_cannot_be(tmp_path):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "taken"]
     (tmp_path / "empty").mkdir()
     assert not Rows.create(tmp_path / "empty", **layout).completed.any()
+
+
+def test_an_extension_that_was_killed_does_not_bind_the_next_one(filled, rows, monkeypatch):
+    def killed(path, manifest):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            filled.extend(20)
+    again = Rows.open(filled.path)
+    again.extend(15)
+    assert len(Rows.open(filled.path)) == 15
+    np.testing.assert_array_equal(again.read("flag", 0, 10), rows["flag"])
+
+
+def test_an_extension_sees_that_of_another_process(filled):
+    Rows.open(filled.path).extend(20)
+    with pytest.raises(InvalidInputError, match=r"length = 15\n  expected: at least the 20 rows"):
+        filled.extend(15)
+
+
+def test_a_change_of_directory_leads_nowhere_else(filled, rows, monkeypatch):
+    monkeypatch.chdir(filled.path.parent)
+    opened = Rows.open(Path(filled.path.name))
+    monkeypatch.chdir("/")
+    np.testing.assert_array_equal(opened.array("flag"), rows["flag"])
 
 
 @pytest.mark.parametrize("there", [True, False])
