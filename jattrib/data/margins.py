@@ -26,9 +26,12 @@ def read(path: str | Path, *, models: int | None = None) -> Float[np.ndarray, "n
     Raises:
         StoreError: there is no such file or folder, or one cannot be read.
         InvalidInputError: a file is no NPY array of real numbers of the expected rank, holds NaN, or differs in its
-            number of points; files have no number of their own; or there are fewer models than were asked for.
+            number of points; files have no number of their own; or there are fewer models than were asked for, or none
+            were.
     """
     path = Path(path)
+    if models is not None and models < 1:
+        raise InvalidInputError(f"models = {models}", expected="at least one", remedy="leave it out for all")
     if not path.exists():
         raise StoreError(f"{path}: no such file or folder", expected="margins in NPY files", remedy="check the path")
     if path.is_dir():
@@ -76,13 +79,13 @@ def _load(file: Path, rank: int) -> Float[np.ndarray, "*shape"]:
     try:
         with file.open("rb") as stream:
             array = np.lib.format.read_array(stream, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InvalidInputError(
-            f"{file}: {error}", expected="an NPY file", remedy="fetch the file again; it is damaged or of another kind"
-        ) from error
     except OSError as error:
         raise StoreError(
             f"{file}: {error.strerror or error}", expected="a readable NPY file", remedy="check its permissions"
+        ) from error
+    except Exception as error:  # format errors of many types
+        raise InvalidInputError(
+            f"{file}: {error}", expected="an NPY file", remedy="fetch the file again; it is damaged or of another kind"
         ) from error
     if array.dtype.kind not in "fiu" or array.ndim != rank or array.size == 0:
         raise InvalidInputError(

@@ -1,3 +1,5 @@
+import struct
+
 import numpy as np
 import pytest
 
@@ -75,3 +77,27 @@ def test_refuses_files_that_are_no_arrays(tmp_path):
     (tmp_path / "c.npz").rename(tmp_path / "c.npy")
     with pytest.raises(InvalidInputError, match=r"c\.npy: the magic string is not correct"):
         margins.read(tmp_path / "c.npy")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': '<f8', 'fortran_order': False, 'shape': (2,",
+        b"{'descr': '<f8', 'fortran_order': False, [1]: (2,)}",
+        b"{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999,)}",
+        b"{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999999999,)}",
+    ],
+)
+def test_refuses_damaged_headers_by_name(tmp_path, header):
+    content = b"\x93NUMPY\1\0" + struct.pack("<H", len(header) + 1) + header + b"\n" + b"\0" * 16
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(InvalidInputError, match=r"a\.npy: .*(.|\n)*an NPY file"):
+        margins.read(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("models", [0, -1])
+def test_refuses_to_read_no_models(tmp_path, models):
+    np.save(tmp_path / "id_0.npy", np.zeros(2))
+    for path in (tmp_path, tmp_path / "id_0.npy"):
+        with pytest.raises(InvalidInputError, match=f"models = {models}"):
+            margins.read(path, models=models)
