@@ -79,7 +79,7 @@ def read(name: str, *, path: str | Path | None = None, cache: str | Path | None 
     content = _fetched(name, ORIGINS[name], debian.cache(cache)) if path is None else _file(Path(path))
     where = name if path is None else str(path)
     try:
-        text = content.decode().replace("\r\n", "\n").replace("\r", "\n")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InvalidInputError(
             f"{where}: {error}", expected="text in UTF-8", remedy="convert the file, for example with iconv"
@@ -145,8 +145,9 @@ def sequences(tokens: Sequence[Integer[np.ndarray, " _"]], length: int, *, end: 
             predicted.
 
     Raises:
-        InvalidInputError: a passage has no tokens.
+        InvalidInputError: a passage has no tokens, or `length` is not positive.
     """
+    _check_length(length)
     inputs = np.zeros((len(tokens), length), np.int32)
     labels = np.full((len(tokens), length), PADDING, np.int32)
     for row, passage in enumerate(tokens):
@@ -161,8 +162,9 @@ def windows(tokens: Integer[np.ndarray, " t"], length: int) -> Dataset:
     """Cut a text into sequences of one length, each token but the first predicted once; what is left over is dropped.
 
     Raises:
-        InvalidInputError: the text is shorter than a sequence.
+        InvalidInputError: the text is shorter than a sequence, or `length` is not positive.
     """
+    _check_length(length)
     count = (len(tokens) - 1) // length
     if count < 1:
         raise InvalidInputError(
@@ -170,6 +172,11 @@ def windows(tokens: Integer[np.ndarray, " t"], length: int) -> Dataset:
         )
     shape, used = (count, length), count * length
     return Dataset(tokens[:used].reshape(shape).astype(np.int32), tokens[1 : used + 1].reshape(shape).astype(np.int32))
+
+
+def _check_length(length: int) -> None:
+    if length < 1:
+        raise InvalidInputError(f"length = {length}", expected="at least 1", remedy="raise length")
 
 
 def _fetched(name: str, origin: Origin, cache: Path) -> bytes:

@@ -113,6 +113,8 @@ def test_own_files_are_cut_into_lines(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text(" First. \n\nThird é.\n", encoding="utf-8")
     assert corpus.read("file", path=file) == [Passage("line 1", "First."), Passage("line 3", "Third é.")]
+    file.write_text("\ufeffFirst.", encoding="utf-8")  # the mark that some editors begin a file with
+    assert corpus.read("file", path=file) == [Passage("line 1", "First.")]
     file.write_bytes(b"\xff")
     with pytest.raises(InvalidInputError, match=r"a\.txt: .*\n  expected: text in UTF-8"):
         corpus.read("file", path=file)
@@ -197,6 +199,11 @@ def test_windows_predict_every_token_once():
     np.testing.assert_array_equal(labels, inputs + 1)
     with pytest.raises(InvalidInputError, match="3 tokens\n  expected: at least 4"):
         corpus.windows(np.arange(3), 3)
+    for length in (0, -1):
+        with pytest.raises(InvalidInputError, match=f"length = {length}"):
+            corpus.windows(np.arange(3), length)
+        with pytest.raises(InvalidInputError, match=f"length = {length}"):
+            corpus.sequences([np.arange(3)], length)
 
 
 @pytest.mark.slow
