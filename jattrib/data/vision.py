@@ -153,13 +153,17 @@ def _fetched() -> Path:
         DEBIAN_PACKAGE, [f"{inside}/{name}.gz" for name in names],
         remedy="name the folder of the four IDX files: fashion_mnist(FOLDER), or data.path in a config",
     )  # fmt: skip
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fashion-mnist-", dir=folder.parent) as temporary:
-        whole = Path(temporary) / "whole"
-        for name, content in zip(names, contents, strict=True):
-            files.write_atomic(whole / name, content)
-        if not folder.is_dir():  # another process may have been faster
-            os.replace(whole, folder)
+    with files.writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="fashion-mnist-", dir=folder.parent) as temporary:
+            whole = Path(temporary) / "whole"
+            for name, content in zip(names, contents, strict=True):
+                files.write_atomic(whole / name, content)
+            try:
+                os.replace(whole, folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
     return folder
 
 

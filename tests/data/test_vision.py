@@ -258,6 +258,10 @@ def test_all_of_fashion_mnist_is_fetched_once_and_kept(tmp_path, monkeypatch):
             np.testing.assert_array_equal(found.labels, expected.labels)
     assert asked == [("dataset-fashion-mnist", tuple(f"nowhere/fashion-mnist/{name}.gz" for name in files))]
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["fashion-mnist"]  # nothing half-written beside it
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv(debian.CACHE, str(tmp_path / "file" / "kept"))
+    with pytest.raises(StoreError, match=r"fashion-mnist cannot be written: Not a directory"):
+        vision.fashion_mnist()
 
 
 def test_without_the_package_and_a_network_the_remedy_is_a_folder(tmp_path, monkeypatch):
