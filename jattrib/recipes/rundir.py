@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -236,16 +236,24 @@ def _timed(file: Path) -> Iterator[None]:
 
     def beat() -> None:
         while not stopped.wait(HEARTBEAT):
-            record()
+            with suppress(StoreError):  # a disk that is full for a while; the last record tells of one that stays so
+                record()
+
+    def end() -> None:
+        stopped.set()
+        heart.join()
 
     heart = threading.Thread(target=beat, daemon=True)
     heart.start()
     try:
         yield
-    finally:
-        stopped.set()
-        heart.join()
-        record()
+    except BaseException:
+        end()
+        with suppress(StoreError):  # what came first is what is to be told
+            record()
+        raise
+    end()
+    record()
 
 
 def _recorded(file: Path) -> float:

@@ -3,10 +3,12 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from jattrib.core import files
 from jattrib.core.errors import InvalidInputError, StoreError
 from jattrib.recipes import config, rundir
 
@@ -54,6 +56,37 @@ def test_stages_survive_and_their_seconds_add_up(tmp_path, monkeypatch):
         rundir.finish(directory, {})
         assert rundir.read_summary(directory)["seconds"] == 10.5
         assert rundir.read_summary(directory)["seconds_work"] == 7.5
+
+
+def test_a_disk_that_is_full_for_a_while_hides_neither_the_time_nor_another_error(tmp_path, monkeypatch):
+    write, full = files.write_atomic, threading.Event()
+    failed, went_on = threading.Event(), threading.Event()
+
+    def sometimes(path, content):
+        if full.is_set():
+            failed.set()
+            raise StoreError("no space", expected="space", remedy="free some")
+        write(path, content)
+        if failed.is_set():
+            went_on.set()
+
+    monkeypatch.setattr(files, "write_atomic", sometimes)
+    monkeypatch.setattr(rundir, "HEARTBEAT", 0.01)
+    with rundir.opened(tmp_path, Fake()):
+        full.set()
+        assert failed.wait(60)
+        full.clear()
+        assert went_on.wait(60)
+
+    def fail():
+        full.set()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), rundir.opened(tmp_path, Fake()):
+        fail()
+    full.clear()
+    with pytest.raises(StoreError, match="no space"), rundir.opened(tmp_path, Fake()):
+        full.set()
 
 
 CHILD = """
