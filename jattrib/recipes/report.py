@@ -139,7 +139,7 @@ def write(directory: rundir.RunDir, report: Report) -> Path:
         device=rundir.device(),
         seconds=rundir.seconds(directory),
     )
-    files.write_atomic(path, text.encode("utf-8"))
+    files.write_atomic(path, text.encode("utf-8", "backslashreplace"))  # a path may hold what is no text
     return path
 
 
@@ -363,10 +363,14 @@ def _pairs(values: Mapping[str, str]) -> str:
     return f'<dl class="pairs">{items}</dl>\n'
 
 
-def _toml(config: Mapping[str, Any]) -> str:
+def _toml(config: Mapping[str, Any], prefix: str = "") -> str:
     """Return plain tables as TOML, as a config file would say it, values that are left out apart."""
     flat = [
         f"{key} = {json.dumps(v, ensure_ascii=False)}" for key, v in config.items() if not isinstance(v, dict | None)
     ]
-    tables = [f"\n[{key}]\n{_toml(value)}" for key, value in config.items() if isinstance(value, dict)]
+    tables = [
+        f"\n[{prefix}{key}]\n{_toml(value, f'{prefix}{key}.')}"
+        for key, value in config.items()
+        if isinstance(value, dict)
+    ]
     return "\n".join([*flat, *tables])

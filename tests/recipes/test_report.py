@@ -1,3 +1,4 @@
+import os
 import re
 import tomllib
 from html.parser import HTMLParser
@@ -43,7 +44,10 @@ def thumbnail(name, detail=""):
     return plot.Thumbnail(np.zeros((28, 28, 1), np.uint8), name, detail)
 
 
-CONFIG = {"recipe": "trak", "seed": 0, "left_out": None, "model": {"kind": "mlp", "widths": [64]}, "note": "a & b"}
+CONFIG = {
+    "recipe": "trak", "seed": 0, "left_out": None, "note": "a & b", "data": {"size": 9},
+    "model": {"kind": "mlp", "widths": [64], "head": {"kind": "linear", "norm": {"kind": "batch"}}},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +195,10 @@ def test_it_is_written_into_the_run_with_what_made_it(tmp_path):
     assert page.said("pre") == ['recipe = "fake"\nseed = 5']
     assert "training models" in page.said("th")
     assert rundir.versions()["jax"] in page.said("dd")
+
+
+def test_a_path_that_is_no_text_is_told_as_it_can_be(tmp_path):
+    with rundir.opened(tmp_path, Fake()) as directory:
+        named = directory._replace(config={"path": os.fsdecode(b"caf\xe9")})
+        path = report.write(named, report.Report("T", "L", (), (), (), ()))
+    assert Page(path.read_text("utf-8")).said("pre") == ['path = "caf\\udce9"']
