@@ -171,7 +171,7 @@ def histogram(
 ) -> Figure:
     """Draw how values are spread, and vertical marks with their names."""
     figure, axes = _figure(labels, height=3.2)
-    axes.hist(values, bins=bins, color=BLUE, alpha=0.8, rwidth=0.92)
+    axes.hist(values, _edges(values, bins).tolist(), color=BLUE, alpha=0.8, rwidth=0.92)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.margins(y=0.22)
     for row, (name, value) in enumerate((marks or {}).items()):
@@ -191,7 +191,7 @@ def overlaid_histograms(
         figure = Figure((WIDTH, 2.9), DPI, layout="constrained")
         FigureCanvasAgg(figure)
         for axes, (title, samples) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
-            edges = np.histogram_bin_edges(np.concatenate(list(samples.values())), bins)
+            edges = _edges(np.concatenate(list(samples.values())), bins)
             for colour, (name, values) in zip(itertools.cycle(SERIES), samples.items(), strict=False):
                 axes.hist(values, edges, histtype="stepfilled", facecolor=colour, alpha=0.3, label=name)
                 axes.hist(values, edges, histtype="step", color=colour, linewidth=1.2)
@@ -347,6 +347,14 @@ def _figure(labels: Labels, *, height: float) -> tuple[Figure, Axes]:
         if labels.title:
             figure.suptitle(labels.title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     return figure, axes
+
+
+def _edges(values: Float[np.ndarray, " n"], bins: int) -> Float[np.ndarray, " edges"]:
+    """Return the edges of bins; values that differ by their rounding alone get those of equal ones."""
+    known = values[~np.isnan(values)]
+    if known.size and np.ptp(known) <= 4 * bins * np.spacing(np.abs(known).max()):
+        known = known[:1]
+    return np.histogram_bin_edges(known.astype(np.float64), bins)
 
 
 def _canvas(height: float, title: str) -> Figure:

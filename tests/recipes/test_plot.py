@@ -148,6 +148,14 @@ def test_a_histogram_counts():
     assert axes.texts[0].get_text() == "mean"
 
 
+@pytest.mark.parametrize("values", [np.float32([5, np.nextafter(np.float32(5), 6)]), np.array([1, 1 + 2.3e-16])])
+def test_histograms_of_values_that_are_equal_to_rounding(values):
+    single = plot.histogram(values, labels=LABELS)
+    overlaid = plot.overlaid_histograms([("one", {"before": values, "after": values})], labels=LABELS)
+    assert sum(bar.get_height() for bar in single.axes[0].patches) == 2
+    assert overlaid.axes[0].get_xlim()[0] < values[0] - 0.4
+
+
 def test_bars_carry_values_and_intervals_the_first_on_top():
     values, low, high = np.array([-2.0, 0.5]), np.array([-2.5, 0.25]), np.array([-1.0, 1.0])
     figure = plot.bar_with_interval(["helpful", "random"], values, low, high, labels=LABELS)
