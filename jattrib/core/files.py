@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jattrib.core import mesh
 from jattrib.core.errors import InvalidInputError, StoreError
 
 MANIFEST = "manifest.json"
@@ -74,6 +75,8 @@ def sync_directory(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically; NumPy and JAX numbers and arrays, and paths, are written as plain ones.
 
+    Typed keys are written as their words.
+
     Raises:
         InvalidInputError: a number is not finite (JSON has no word for it), or a value is of another kind.
         StoreError: the directory cannot be written.
@@ -100,7 +103,7 @@ def read_json(path: Path) -> Any:
 def plain(value: Any, where: str = "") -> Any:
     """Return `value` in JSON's own terms, or say which key of it cannot be so written."""
     if isinstance(value, np.generic | np.ndarray | jax.Array):
-        value = np.asarray(value).tolist()
+        value = np.asarray(mesh.words(value)).tolist()
     if isinstance(value, Mapping):
         return {str(key): plain(item, f"{where}/{key}" if where else str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):

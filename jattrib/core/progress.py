@@ -24,7 +24,7 @@ class _Terminal:
     def enter(self, console: Console) -> Progress:
         with self.lock:
             if self.display is None:
-                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+                columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
                 self.display = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
                 self.display.start()
             self.users += 1

@@ -4,10 +4,11 @@ import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer
 
-from jattrib.core import tree
+from jattrib.core import mesh, tree
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Batch, Source
 
@@ -23,7 +24,7 @@ class InMemory:
     batch: Batch
 
     def __post_init__(self):
-        object.__setattr__(self, "batch", jax.tree.map(np.asarray, self.batch))
+        object.__setattr__(self, "batch", jax.tree.map(_held, self.batch))
         lengths = {name: np.shape(leaf)[:1] for name, leaf in tree.to_names(self.batch).items()}
         if len(set(lengths.values())) != 1 or () in lengths.values():
             raise InvalidInputError(
@@ -106,4 +107,14 @@ class Items:
     def take(self, indices: Integer[np.ndarray, " b"]) -> Batch:
         """Return the examples at `indices`, stacked."""
         examples = [self.items[int(index)] for index in indices]
-        return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *examples)
+        return jax.tree.map(_stacked, *examples)
+
+
+def _held(leaf: Any) -> Any:
+    """Return an array on the host; typed keys, which NumPy does not know, as they are."""
+    return leaf if isinstance(leaf, jax.Array) and mesh.is_key(leaf) else np.asarray(leaf)
+
+
+def _stacked(*leaves: Any) -> Any:
+    held = [_held(leaf) for leaf in leaves]
+    return np.stack(held) if isinstance(held[0], np.ndarray) else jnp.stack(held)

@@ -114,6 +114,13 @@ def test_a_file_that_cannot_be_finished_leaves_nothing_behind(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_keys_in_json_are_their_words(tmp_path, impl):
+    key = jax.random.key(3, impl=impl)
+    store.write_json(tmp_path / "a.json", {"key": key})
+    assert store.read_json(tmp_path / "a.json") == {"key": jax.random.key_data(key).tolist()}
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_keys_there_and_back(tmp_path, impl):
     keys = {"one": jax.random.key(3, impl=impl), "many": jax.random.split(jax.random.key(4, impl=impl), 3)}
     store.save_params(tmp_path / "p", keys)

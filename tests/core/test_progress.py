@@ -63,6 +63,12 @@ def test_loops_in_loops_share_one_display(terminal):
     assert progress._terminal.display is None
 
 
+def test_a_label_is_shown_as_it_is(terminal):
+    with progress.track(1, "rows [train] of [/x]"):
+        pass
+    assert "rows [train] of [/x]" in terminal.getvalue()
+
+
 def test_an_error_closes_the_display(terminal):
     def fail():
         with progress.track(2, "failing") as advance:

@@ -336,6 +336,20 @@ def test_sources_select_and_stack():
             stream.InMemory(batch)
 
 
+def draws(scale, batch):
+    return jax.vmap(lambda row: scale * jax.random.normal(row["key"]) + row["x"])(batch)
+
+
+def test_examples_may_have_keys():
+    keys = jax.random.split(jax.random.key(0), 5)
+    whole = stream.InMemory({"key": keys, "x": np.arange(5.0)})
+    items = stream.Items([{"key": key, "x": np.float64(number)} for number, key in enumerate(keys)])
+    for source in (whole, items, stream.Subset(whole, np.arange(5))):
+        drawn = stream.map_rows(draws, np.float32(2), source, chunk=2, progress=False)
+        expected = 2 * np.stack([jax.random.normal(key) for key in keys]) + np.arange(5)
+        np.testing.assert_allclose(drawn, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("indices", [np.array([True, False, True]), np.array([0.0])])
 @pytest.mark.usefixtures("shapes_unchecked")
 def test_a_mask_is_not_taken_for_the_numbers_of_examples(indices):
