@@ -137,7 +137,8 @@ def _open(path: Path, dtype: np.dtype) -> np.ndarray:
 def tokenizer(path: str | Path) -> Callable[[str], Int32[np.ndarray, " t"]]:
     """Return the function from a text to its tokens, as a `tokenizer.json` in Hugging Face's format says.
 
-    No token is added at either end: `corpus.sequences` puts its own between passages.
+    No token is added at either end, and none left out, whatever the file says of padding and truncation:
+    `corpus.sequences` puts its own between passages, and cuts them.
 
     Args:
         path: the file, or the directory of a model that has it.
@@ -161,6 +162,9 @@ def tokenizer(path: str | Path) -> Callable[[str], Int32[np.ndarray, " t"]]:
         raise StoreError(
             f"{file}: {error}", expected="a tokenizer.json in Hugging Face's format", remedy="check the path"
         ) from error
+
+    known.no_padding()
+    known.no_truncation()
 
     def tokens(text: str) -> Int32[np.ndarray, " t"]:
         return np.array(known.encode(text, add_special_tokens=False).ids, np.int32)

@@ -120,6 +120,10 @@ def test_a_tokenizer_of_words_and_its_errors(tmp_path, monkeypatch):
         tokens = text.tokenizer(path)("the cat saw the cat")
         assert tokens.dtype == np.int32
         np.testing.assert_array_equal(tokens, [2, 3, 1, 2, 3])  # without <s>
+    known.enable_truncation(3)
+    known.enable_padding(length=8)
+    known.save(str(tmp_path / "cut.json"))
+    np.testing.assert_array_equal(text.tokenizer(tmp_path / "cut.json")("the cat saw the cat"), [2, 3, 1, 2, 3])
     (tmp_path / "other.json").write_text("{}")
     for name in ("other.json", "missing.json"):
         with pytest.raises(StoreError, match=rf"{name}[\s\S]*a tokenizer\.json in Hugging Face's format"):
