@@ -92,7 +92,7 @@ def write(
                 expected=f"{leaf.shape}",
                 remedy="pass the config it was made with",
             )
-    kind = next(iter(named.values())).dtype if dtype is None else jnp.dtype(dtype)
+    kind = None if dtype is None else jnp.dtype(dtype)
     groups = list(_groups(config, named, kind, file_bytes))
     with files.writing(directory):  # what was there before must not be taken for a part of this one
         for name in ("config.json", INDEX):
@@ -106,7 +106,8 @@ def write(
         holders |= dict.fromkeys(arrays, file)
     if len(groups) > 1:
         files.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": holders})
-    files.write_json(directory / "config.json", described | {"torch_dtype": kind.name})
+    told = named["embedding/tokens"].dtype if kind is None else kind
+    files.write_json(directory / "config.json", described | {"torch_dtype": told.name})
 
 
 def _places(config: gpt.Config) -> dict[str, _Place]:
@@ -221,7 +222,9 @@ Pieces = list[tuple[str, int | None, bool]]
 """Of an array: our leaves, the layer, and whether they are transposed."""
 
 
-def _groups(config: gpt.Config, named: Mapping[str, Any], dtype: np.dtype, most: int) -> Iterator[dict[str, Pieces]]:
+def _groups(
+    config: gpt.Config, named: Mapping[str, Any], dtype: np.dtype | None, most: int
+) -> Iterator[dict[str, Pieces]]:
     """Yield what each file holds."""
     pieces: dict[str, Pieces] = {}
     for ours, place in sorted(_places(config).items(), key=lambda item: item[1].third or 0):
@@ -230,9 +233,11 @@ def _groups(config: gpt.Config, named: Mapping[str, Any], dtype: np.dtype, most:
             pieces.setdefault(name, []).append((ours, number, place.turned))
     group, held = {}, 0
     for name in sorted(pieces):
-        size = (
-            sum(named[ours].size // (1 if number is None else config.layers) for ours, number, _ in pieces[name])
-            * dtype.itemsize
+        size = sum(
+            named[ours].size
+            // (1 if number is None else config.layers)
+            * (named[ours].dtype if dtype is None else dtype).itemsize
+            for ours, number, _ in pieces[name]
         )
         if group and held + size > most:
             yield group
@@ -241,9 +246,9 @@ def _groups(config: gpt.Config, named: Mapping[str, Any], dtype: np.dtype, most:
     yield group
 
 
-def _assemble(pieces: Pieces, named: Mapping[str, Any], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+def _assemble(pieces: Pieces, named: Mapping[str, Any], dtype: np.dtype | None) -> Shaped[np.ndarray, "..."]:
     parts = []
     for ours, number, turned in pieces:
         leaf = mesh.fetch(named[ours] if number is None else named[ours][number])
-        parts.append((leaf.T if turned else leaf).astype(dtype))
+        parts.append((leaf.T if turned else leaf).astype(leaf.dtype if dtype is None else dtype))
     return np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]

@@ -167,6 +167,18 @@ def test_written_and_read_again_nothing_has_changed(tmp_path, name, dtype):
     assert tree.digest(params_again) == tree.digest(params)
 
 
+def test_each_array_keeps_its_own_type(tmp_path):
+    told, _ = CASES["llama"]
+    arrays = {key: leaf.astype(np.float32 if "norm" in key else jnp.bfloat16) for key, leaf in weights(told).items()}
+    save(tmp_path / "a", told, arrays)
+    hf.write(tmp_path / "b", *hf.read(tmp_path / "a", dtype=None))
+    again = safetensors.read(tmp_path / "b" / "model.safetensors")
+    for key, leaf in arrays.items():
+        assert again[key].dtype == leaf.dtype
+        np.testing.assert_array_equal(again[key], leaf)
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
 def test_names_without_prefix_buffers_and_tied_heads_are_understood(tmp_path):
     arrays = weights(GPT2)
     bare = {name.removeprefix("transformer."): leaf for name, leaf in arrays.items()}
