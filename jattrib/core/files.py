@@ -91,7 +91,7 @@ def read_json(path: Path) -> Any:
         StoreError: it is missing, or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(
             f"{path} cannot be read: {error}",

@@ -18,7 +18,7 @@ class InMemory:
     """A source over arrays in memory that share their leading axis.
 
     Raises:
-        InvalidInputError: they do not share it.
+        InvalidInputError: they do not share it, or whole numbers do not fit the type that JAX gives them.
     """
 
     batch: Batch
@@ -111,8 +111,20 @@ class Items:
 
 
 def _held(leaf: Any) -> Any:
-    """Return an array on the host; typed keys, which NumPy does not know, as they are."""
-    return leaf if isinstance(leaf, jax.Array) and mesh.is_key(leaf) else np.asarray(leaf)
+    """Return an array on the host, in native byte order; typed keys, which NumPy does not know, as they are."""
+    if isinstance(leaf, jax.Array) and mesh.is_key(leaf):
+        return leaf
+    array = np.asarray(leaf)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.dtype.kind in "iu" and array.size:
+        most = np.iinfo(jax.dtypes.canonicalize_dtype(array.dtype))
+        if array.min() < most.min or array.max() > most.max:
+            raise InvalidInputError(
+                f"{array.dtype} from {array.min()} to {array.max()}",
+                expected=f"whole numbers that fit {most.dtype}, which is what JAX makes of them",
+                remedy="number them from 0, or enable 64 bits: `jax.config.update('jax_enable_x64', True)`",
+            )
+    return array
 
 
 def _stacked(*leaves: Any) -> Any:

@@ -338,6 +338,10 @@ def _rows(
 
 
 def _check_rows(rows: PyTree, size: int) -> PyTree:
+    if not jax.tree.leaves(rows):
+        raise InvalidInputError(
+            "a function whose result has no array", expected="a row for each example", remedy="return what it computes"
+        )
     for name, leaf in tree.to_names(rows).items():
         if jnp.shape(leaf)[:1] != (size,):
             raise InvalidInputError(

@@ -175,7 +175,9 @@ def select(x: PyTree, *patterns: str) -> tuple[dict[str, Any], Merge]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, pattern + "/*")
+    # A path is a pattern of itself, whatever is in brackets in it.
+    own = name == pattern or name.startswith(f"{pattern}/")
+    return own or fnmatchcase(name, pattern) or fnmatchcase(name, pattern + "/*")
 
 
 @jax.tree_util.register_dataclass

@@ -340,6 +340,24 @@ def draws(scale, batch):
     return jax.vmap(lambda row: scale * jax.random.normal(row["key"]) + row["x"])(batch)
 
 
+def test_no_rows_at_all_are_refused():
+    with pytest.raises(InvalidInputError, match="a function whose result has no array"):
+        stream.map_rows(lambda operand, batch: {"none": None}, None, stream.InMemory(np.zeros(3)), progress=False)
+
+
+def test_whole_numbers_that_would_be_cut_are_refused():
+    for values in ([0, 2**40], [-(2**31) - 1], np.uint64([2**32])):
+        with pytest.raises(InvalidInputError, match=r"fit u?int32, which is what JAX makes of them"):
+            stream.InMemory(np.array(values))
+    small = stream.InMemory(np.array([2**31 - 1, -(2**31)]))
+    assert stream.map_rows(lambda operand, batch: batch, None, small, progress=False).tolist() == [2**31 - 1, -(2**31)]
+
+
+def test_any_byte_order_is_read():
+    source = stream.InMemory(np.array([1.0, 2.5], ">f4"))
+    assert stream.map_rows(lambda operand, batch: batch, None, source, progress=False).tolist() == [1.0, 2.5]
+
+
 def test_examples_may_have_keys():
     keys = jax.random.split(jax.random.key(0), 5)
     whole = stream.InMemory({"key": keys, "x": np.arange(5.0)})

@@ -110,6 +110,12 @@ def test_select_takes_by_path_and_merge_puts_back():
         tree.select(PARAMS, "scale", "layers/7")
 
 
+def test_a_path_selects_its_own_leaf_whatever_is_in_it():
+    chosen, merge = tree.select({"a[0]": {"w": 1.0}, "a0": {"w": 2.0}, "b": 3.0}, "a[0]")
+    assert chosen == {"a[0]/w": 1.0, "a0/w": 2.0}
+    assert merge({name: -value for name, value in chosen.items()}) == {"a[0]": {"w": -1.0}, "a0": {"w": -2.0}, "b": 3.0}
+
+
 def test_gradients_flow_through_merge():
     chosen, merge = tree.select({"a": jnp.ones(2), "b": jnp.full(2, 3.0)}, "a")
     gradient = jax.grad(lambda chosen: tree.dot(merge(chosen), merge(chosen)))(chosen)
