@@ -214,7 +214,8 @@ class Rows:
         Raises:
             StoreError: the directory cannot be written.
         """
-        firsts = range(start // self.chunk * self.chunk, stop, self.chunk)
+        start, stop = max(start, 0), min(stop, self.length)
+        firsts = range(start // self.chunk * self.chunk, stop, self.chunk) if start < stop else ()
         self._journal([{"start": first, "stop": first, "sha256": {}} for first in firsts])
         with files.writing(self.path):
             for name, (shape, _) in self.arrays.items():

@@ -239,6 +239,17 @@ def test_where_a_store_cannot_be(tmp_path):
     assert not Rows.create(tmp_path / "empty", **layout).completed.any()
 
 
+def test_only_chunks_that_hold_the_rows_are_discarded(filled):
+    before = (filled.path / "journal.jsonl").stat().st_size
+    filled.discard(5, 5)
+    filled.discard(-8, 0)
+    filled.discard(10, 10**9)
+    assert filled.completed.all()
+    assert (filled.path / "journal.jsonl").stat().st_size == before
+    filled.discard(9, 10**9)
+    assert Rows.open(filled.path).completed.tolist() == [True, True, False]
+
+
 def test_an_extension_that_was_killed_does_not_bind_the_next_one(filled, rows, monkeypatch):
     def killed(path, manifest):
         raise KeyboardInterrupt
