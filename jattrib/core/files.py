@@ -92,7 +92,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(
             f"{path} cannot be read: {error}",
             expected="a JSON file",

@@ -17,6 +17,8 @@ from jattrib.core import files, mesh, tree
 from jattrib.core.errors import InvalidInputError, StoreError
 
 ARRAYS = "arrays"
+ROWS = "journal.jsonl"
+"""The file that tells a store of rows from one of parameters."""
 
 REFUSED = (ValueError, RuntimeError)
 """What orbax raises where the operating system refuses to write."""
@@ -29,13 +31,15 @@ def save_params(path: Path, params: PyTree, identity: Mapping[str, Any] | None =
 
     Raises:
         InvalidInputError: two leaves have one path, or one is no array of numbers or of typed keys.
-        StoreError: the directory cannot be written.
+        StoreError: the directory cannot be written, or holds rows.
     """
     path = Path(path)
     leaves = tree.to_names(params)
     named = {name: _array(name, leaf) for name, leaf in leaves.items()}
     with files.writing(path):
         path.mkdir(parents=True, exist_ok=True)
+        if (path / ROWS).exists():
+            raise _rows(path)
         older = _versions(path)
         data = f"{ARRAYS}-{max(older.values(), default=0) + 1}"
         stored = {name: leaf for name, leaf in named.items() if leaf.size}
@@ -71,6 +75,8 @@ def load_params(path: Path, like: PyTree, identity: Mapping[str, Any] | None = N
             remedy="correct the path, or train again",
         )
     manifest = files.read_manifest(path / files.MANIFEST)
+    if "digest" not in manifest:
+        raise _rows(path)
     if identity is not None:
         files.check_identity(path, manifest["identity"], identity)
     wanted = tree.to_names(like)
@@ -116,6 +122,14 @@ def _versions(path: Path) -> dict[Path, int]:
     """Return the arrays that were saved here, unfinished ones included, and their numbers."""
     found = {each: re.fullmatch(rf"{ARRAYS}-(\d+)(\..*)?", each.name) for each in path.glob(f"{ARRAYS}-*")}
     return {each: int(match[1]) for each, match in found.items() if match}
+
+
+def _rows(path: Path) -> StoreError:
+    return StoreError(
+        f"{path} holds rows, no parameters",
+        expected="a directory of its own, or one that `save_params` made",
+        remedy="choose another directory, or open the rows with `Rows.open`",
+    )
 
 
 def _write(data: Path, stored: Mapping[str, np.ndarray]) -> None:

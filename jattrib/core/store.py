@@ -13,7 +13,7 @@ import tensorstore
 from jaxtyping import Bool, Integer, PyTree
 from numpy.typing import DTypeLike
 
-from jattrib.core import files, mesh, tree
+from jattrib.core import files, mesh, params, tree
 from jattrib.core.errors import InvalidInputError, StoreError
 from jattrib.core.files import read_json, write_json
 from jattrib.core.params import load_params, save_params
@@ -21,7 +21,7 @@ from jattrib.core.sources import check_indices
 
 __all__ = ["Rows", "identified", "load_params", "read_json", "row_arrays", "save_params", "write_json"]
 
-JOURNAL, ARRAYS = "journal.jsonl", "arrays"
+JOURNAL, ARRAYS = params.ROWS, "arrays"
 
 UNREADABLE = (ValueError, IndexError, RuntimeError, OSError)
 """What tensorstore raises for metadata or data that it cannot read or decode."""
@@ -82,9 +82,9 @@ class Rows:
         path = Path(path)
         _check_layout(arrays, length, chunk)
         described = {name: {"shape": list(s), "dtype": np.dtype(d).name} for name, (s, d) in arrays.items()}
-        target = path.resolve()  # of a link, the directory that it names
-        partial = files.beside(target)
         with _writing(path):
+            target = path.resolve()  # of a link, the directory that it names
+            partial = files.beside(target)
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise StoreError(
                     f"{path} exists and is not empty",
@@ -159,6 +159,12 @@ class Rows:
                 f"{self.path} has the format {manifest.get('format')}",
                 expected=f"the format {files.FORMAT}",
                 remedy="read it with the version of jattrib that wrote it, or delete it and run again",
+            )
+        if "length" not in manifest:
+            raise StoreError(
+                f"{self.path} holds parameters, no rows",
+                expected="a directory that `Rows.create` made",
+                remedy="correct the path, or load them with `load_params`",
             )
         self.length, self.chunk, self.identity = manifest["length"], manifest["chunk"], manifest["identity"]
         self.arrays = {name: (tuple(each["shape"]), np.dtype(each["dtype"])) for name, each in

@@ -229,5 +229,8 @@ def test_json_that_is_none(tmp_path):
     for name in ("half.json", "missing.json"):
         with pytest.raises(StoreError, match=rf"{name} cannot be read"):
             store.read_json(tmp_path / name)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(StoreError, match=r"deep\.json cannot be read"):
+        store.read_json(tmp_path / "deep.json")
     with pytest.raises(StoreError, match="cannot be written"):
         store.write_json(tmp_path / "half.json" / "summary.json", {})

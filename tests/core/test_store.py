@@ -277,6 +277,22 @@ def test_a_change_of_directory_leads_nowhere_else(filled, rows, monkeypatch):
     np.testing.assert_array_equal(opened.array("flag"), rows["flag"])
 
 
+def test_rows_and_parameters_are_not_taken_for_one_another(filled, rows, tmp_path):
+    for attempt in (store.save_params, store.load_params):
+        with pytest.raises(StoreError, match=r"holds rows, no parameters(.|\n)*Rows.open"):
+            attempt(filled.path, {"w": np.zeros(2)})
+    np.testing.assert_array_equal(Rows.open(filled.path).array("flag"), rows["flag"])
+    store.save_params(tmp_path / "p", {"w": np.zeros(2)})
+    with pytest.raises(StoreError, match=r"holds parameters, no rows(.|\n)*load_params"):
+        Rows.open(tmp_path / "p")
+
+
+def test_a_link_to_itself_is_no_place_for_a_store(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    with pytest.raises(StoreError, match="link cannot be written"):
+        Rows.create(tmp_path / "link", arrays=ARRAYS, length=10, chunk=4)
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_link_leads_to_the_store(tmp_path, rows, there):
     (tmp_path / "disk").mkdir()
