@@ -58,6 +58,14 @@ def write_atomic(path: Path, content: bytes) -> None:
         sync_directory(path.parent)
 
 
+def is_there(path: Path) -> bool:
+    """Return whether there is such a file; true where this process may not look: reading it says why."""
+    try:
+        return path.is_file()
+    except OSError:
+        return True
+
+
 def beside(path: Path) -> Path:
     """Return a name next to `path` that no process uses, for what is to be renamed to `path` when it is complete."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")

@@ -104,7 +104,7 @@ def load_params(path: Path, like: PyTree, identity: Mapping[str, Any] | None = N
 
 def exists(path: Path) -> bool:
     """Return whether `save_params` saved something here."""
-    return (Path(path) / files.MANIFEST).is_file()
+    return files.is_there(Path(path) / files.MANIFEST)
 
 
 def remove(path: Path) -> None:

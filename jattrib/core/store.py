@@ -112,7 +112,7 @@ class Rows:
             StoreError: there is none, it was altered, or it belongs to another run.
         """
         path = Path(path)
-        if not (path / files.MANIFEST).is_file():
+        if not files.is_there(path / files.MANIFEST):
             raise StoreError(
                 f"{path} holds no store: it has no {files.MANIFEST}",
                 expected="a directory that `Rows.create` made",
@@ -134,11 +134,11 @@ class Rows:
             StoreError: it holds other arrays, is longer, was altered, or belongs to another run.
         """
         path = Path(path)
-        if not (path / files.MANIFEST).is_file():
+        if not files.is_there(path / files.MANIFEST):
             try:
                 return cls.create(path, arrays=arrays, length=length, chunk=chunk, identity=identity)
             except StoreError:
-                if not (path / files.MANIFEST).is_file():  # else another process was faster
+                if not files.is_there(path / files.MANIFEST):  # else another process was faster
                     raise
         rows = cls.open(path, identity=identity or {})
         files.check_identity(path, _layout(rows.chunk, rows.arrays), _layout(chunk, arrays))

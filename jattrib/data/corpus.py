@@ -181,7 +181,7 @@ def _check_length(length: int) -> None:
 
 def _fetched(name: str, origin: Origin, cache: Path) -> bytes:
     file = cache / f"{name}-{origin.sha256[:12]}.txt"
-    if file.is_file():
+    if files.is_there(file):
         content, remedy = _file(file), f"delete {file}, which was altered"
     else:
         own = f"read({name!r}, path=FILE) takes a text file in its place"
@@ -190,7 +190,7 @@ def _fetched(name: str, origin: Origin, cache: Path) -> bytes:
     got = hashlib.sha256(content).hexdigest()
     if got != origin.sha256:
         raise StoreError(f"{name}: SHA-256 {got}", expected=origin.sha256, remedy=remedy)
-    if not file.is_file():
+    if not files.is_there(file):
         files.write_atomic(file, content)
     return content
 

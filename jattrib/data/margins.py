@@ -4,6 +4,7 @@ Public collections have one of two layouts: one array `[model, point]` in one fi
 a model, whose file name bears the model's number (`id_17_epoch_23.npy`, `val_margins_17.npy`).
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jattrib.core.errors import InvalidInputError, StoreError
+from jattrib.core.files import is_there
 
 
 def read(path: str | Path, *, models: int | None = None) -> Float[np.ndarray, "n x"]:
@@ -32,9 +34,9 @@ def read(path: str | Path, *, models: int | None = None) -> Float[np.ndarray, "n
     path = Path(path)
     if models is not None and models < 1:
         raise InvalidInputError(f"models = {models}", expected="at least one", remedy="leave it out for all")
-    if not path.exists():
+    if not is_there(path) and not path.exists():
         raise StoreError(f"{path}: no such file or folder", expected="margins in NPY files", remedy="check the path")
-    if path.is_dir():
+    if os.path.isdir(path):  # not one that this process may not look at
         files = _numbered(path)[:models]
         rows = [_load(file, 1) for file in files]
         for file, row in zip(files, rows, strict=True):

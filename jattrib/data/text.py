@@ -1,5 +1,6 @@
 """Tokens: shards of them on disk, mapped into memory and cut into sequences of one length; tokenizers."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,7 +156,7 @@ def tokenizer(path: str | Path) -> Callable[[str], Int32[np.ndarray, " t"]]:
             expected="tokenizers",
             remedy="pip install 'jattrib[text]', or take `corpus.characters` or `corpus.utf8`, which need nothing",
         ) from error
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    file = Path(path) / "tokenizer.json" if os.path.isdir(path) else Path(path)
     try:
         known = Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises nothing more particular

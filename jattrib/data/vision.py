@@ -144,9 +144,10 @@ def fashion_mnist_excerpt() -> tuple[Dataset, Dataset]:
 def _fetched() -> Path:
     """Return the folder of all of Fashion-MNIST: the package's, or that in the cache, which is filled if need be."""
     folder = debian.cache() / "fashion-mnist"
-    for place in (DEBIAN_PATH, folder):
-        if place.is_dir():
-            return place
+    with files.writing(folder):
+        for place in (DEBIAN_PATH, folder):
+            if place.is_dir():
+                return place
     names = [name for pair in FASHION_MNIST_FILES.values() for name in pair]
     inside = DEBIAN_PATH.relative_to("/")
     contents = debian.fetch(
@@ -195,7 +196,7 @@ def _fashion_split(folder: Path, split: str) -> Dataset:
 def _find(folder: Path, name: str) -> Path:
     candidates = [folder / f"{name}.gz", folder / name]
     for file in candidates:
-        if file.is_file():
+        if files.is_there(file):
             return file
     raise StoreError(
         f"no Fashion-MNIST file {name} in {folder}",

@@ -55,9 +55,13 @@ def opened(path: Path, config: configs.Room) -> Iterator[RunDir]:
         InvalidInputError: the directory holds files, but no run.
         StoreError: it cannot be written, holds a run of another config, or another process works in it.
     """
+    from jattrib.core import files
+
     total = path / RESUME / "total.seconds"
-    directory = RunDir(path, configs.plain(config), _recorded(total), time.monotonic())
-    if (path / SUMMARY).exists():
+    with files.writing(path):  # a place that this process may not even look at
+        done, before = (path / SUMMARY).exists(), _recorded(total)
+    directory = RunDir(path, configs.plain(config), before, time.monotonic())
+    if done:
         _check_same(path, directory.config, read_summary(directory).get("config"))
         yield directory
         return

@@ -287,6 +287,19 @@ def test_rows_and_parameters_are_not_taken_for_one_another(filled, rows, tmp_pat
         Rows.open(tmp_path / "p")
 
 
+def test_where_nothing_can_be_looked_at_is_said(tmp_path):
+    nowhere = tmp_path / ("x" * 300)
+    for attempt in (
+        lambda: Rows.create(nowhere, arrays=ARRAYS, length=10, chunk=4),
+        lambda: Rows.create_or_open(nowhere, arrays=ARRAYS, length=10, chunk=4),
+        lambda: Rows.open(nowhere),
+        lambda: store.save_params(nowhere, {}),
+        lambda: store.load_params(nowhere, {}),
+    ):
+        with pytest.raises(StoreError, match="File name too long"):
+            attempt()
+
+
 def test_a_link_to_itself_is_no_place_for_a_store(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "link")
     with pytest.raises(StoreError, match="link cannot be written"):

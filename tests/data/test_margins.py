@@ -95,6 +95,11 @@ def test_refuses_damaged_headers_by_name(tmp_path, header):
         margins.read(tmp_path / "a.npy")
 
 
+def test_a_path_that_cannot_be_looked_at_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="File name too long"):
+        margins.read(tmp_path / ("x" * 300))
+
+
 @pytest.mark.parametrize("models", [0, -1])
 def test_refuses_to_read_no_models(tmp_path, models):
     np.save(tmp_path / "id_0.npy", np.zeros(2))

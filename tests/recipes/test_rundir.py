@@ -121,6 +121,14 @@ def test_one_process_at_a_time_and_a_kill_loses_neither_the_directory_nor_its_se
         assert 0.3 < spent["total"] < 30
 
 
+def test_where_no_directory_can_be_is_said(tmp_path):
+    with (
+        pytest.raises(StoreError, match="cannot be written: File name too long"),
+        rundir.opened(tmp_path / ("x" * 300), Fake()),
+    ):
+        pass
+
+
 def test_before_a_stage_begins_a_mistake_may_be_corrected(tmp_path):
     with pytest.raises(KeyError), rundir.opened(tmp_path, Fake(seed=1)):
         raise KeyError  # the data are not there, say
