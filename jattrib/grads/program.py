@@ -355,7 +355,8 @@ def _embedding(scope: _Scope, number: int, view: View, factor: float) -> Site | 
     others = [length for axis, length in enumerate(operand.aval.shape) if axis != axes[0]]
     if [updates.aval.shape[axis] for axis in dims.update_window_dims] != others:
         return None
-    if _is_repeated(view):
+    rows = [stride for _, stride in view.dims[axes[0]]]
+    if _is_repeated(view) or rows != sorted(rows, reverse=True):  # an index counts rows in the leaf's own order
         return None
     return Site("embedding", scope.trail, number, equation.outvars[0], view, factor)
 

@@ -215,6 +215,11 @@ def look_ups(params, example):
     return total(wide) + total(params["f"][:, tokens])
 
 
+def turned_table(params, example):
+    """The rows of a table whose two numbers have changed places: an index counts others than the leaf's."""
+    return total(params["e"].transpose(1, 0, 2).reshape(-1, D)[example[0]] @ params["w"])
+
+
 def transformer(params, example):
     """Tied embeddings, learned positions, scanned pre-norm blocks, per-token loss."""
     tokens, _ = example
@@ -293,6 +298,9 @@ CASES = {
     "transposed convolution": Case(transposed_convolution, {"w": (3, 3, 4, 2)}, {"w": "conv"}, IMAGE),
     "look-ups": Case(
         look_ups, {"e": (7, D), "f": (D, 7)}, {"e": "embedding+embedding", "f": "embedding"}, ((None, T), (1,))
+    ),
+    "look-ups in a turned table": Case(
+        turned_table, {"e": (2, 4, D), "w": (D, D)}, {"e": "", "w": "dot"}, ((None, T),)
     ),
     "transformer": Case(
         transformer, TRANSFORMER,
