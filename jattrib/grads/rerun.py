@@ -359,7 +359,8 @@ class _Runner:
         own = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] // count, *leaf.shape[1:]), leaf.dtype), state
         )
-        result = jax.eval_shape(function, own, *((s, a) if source.swapped else (a, s)))
+        called = partial(function)  # JAX keeps weak references, which not every callable has
+        result = jax.eval_shape(called, own, *((s, a) if source.swapped else (a, s)))
         times = math.prod(step.length for step in steps if step.frame == "positions") if keep else 1
 
         def zeros(leaf: Any) -> Array:

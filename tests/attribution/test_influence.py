@@ -148,6 +148,26 @@ def test_plain_gradients_serve_where_there_are_no_factors():
     np.testing.assert_allclose(found, -np.outer(x, [2, 4, 6]) / len(x), rtol=1e-12)
 
 
+def test_a_layer_that_is_shared_over_time_has_the_products_of_its_gradients():
+    """A scan that uses the same matrix at every step, and one of its branches another."""
+    rng = np.random.default_rng(5)
+    params = {"again": rng.normal(size=(3, 3)), "inputs": rng.normal(size=(4, 3)), "odd": rng.normal(size=(3, 3))}
+    rows = rng.normal(size=(5, 6, 4))
+
+    def output(params, example):
+        def step(h, x):
+            h = jnp.tanh(h @ params["again"] + x @ params["inputs"])
+            return jax.lax.cond(x[0] > 0, lambda h: h @ params["odd"], lambda h: h, h), None
+
+        return jnp.sum(jax.lax.scan(step, jnp.zeros(3), example)[0] * jnp.arange(1.0, 4.0))
+
+    params, source = jax.tree.map(jnp.asarray, params), InMemory(rows)
+    gradients = jax.vmap(jax.grad(output), in_axes=(None, 0))(params, rows)
+    flat = np.asarray(jax.vmap(lambda each: tree.ravel(each)[0])(gradients))
+    found = influence.scores(output, params, source, gradients, chunk=2, progress=False)
+    np.testing.assert_allclose(found, -flat @ flat.T / 5, rtol=1e-9, atol=1e-12)
+
+
 def test_products_and_norms_are_what_their_formulas_say(problem):
     train, margins, matrix = problem
     params, source = problems.params(), problems.source()
