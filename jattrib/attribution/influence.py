@@ -247,7 +247,7 @@ def token_scores(
 
 def euclidean_norm(vectors: Vectors) -> Float[Array, " b"]:
     """Return `‖g‖` of every row."""
-    return jnp.sqrt(jax.vmap(tree.dot)(vectors, vectors))
+    return jax.vmap(tree.norm)(vectors)
 
 
 def local_norm(precondition: Precondition) -> Norm:
@@ -360,7 +360,8 @@ def _unit(vectors: Vectors) -> Vectors:
 
 
 def _local(precondition: Precondition, vectors: Vectors) -> Float[Array, " b"]:
-    return jnp.sqrt(jnp.maximum(jax.vmap(tree.dot)(vectors, precondition(vectors)), 0))
+    vectors, sizes = jax.vmap(tree.level)(vectors)
+    return sizes * jnp.sqrt(jnp.maximum(jax.vmap(tree.dot)(vectors, precondition(vectors)), 0))
 
 
 def _moved(precondition: Precondition, vectors: Vectors) -> Float[Array, " b"]:

@@ -35,6 +35,29 @@ def dot(left: PyTree, right: PyTree) -> Float[Array, ""]:
     return functools.reduce(jnp.add, jax.tree.leaves(products), jnp.zeros((), kind))
 
 
+def norm(x: PyTree) -> Float[Array, ""]:
+    """Return `‖x‖`, of numbers of any size: in single precision squares below 1e-38 are 0, above 1e38 infinite.
+
+    >>> float(norm({"a": jnp.float32(3e-30), "b": jnp.full(1, 4e-30, jnp.float32)}) * 1e30)
+    5.0
+    """
+    wide = widen(x)
+    tops = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(wide)]
+    kind = _common_dtype(tops)
+    top = functools.reduce(jnp.maximum, [each.astype(kind) for each in tops], jnp.zeros((), kind))
+    unit = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+    parts = jax.tree.map(lambda leaf: leaf / unit.astype(leaf.dtype), wide)
+    return jnp.sqrt(dot(parts, parts)) * unit
+
+
+def level(x: PyTree) -> tuple[PyTree, Float[Array, ""]]:
+    """Return `x / s` and s, the power of two for which `½ ≤ ‖x / s‖ < 1`: no digit changes.  Of zeros s is 1."""
+    size = norm(x)
+    exponent = jnp.where((size > 0) & jnp.isfinite(size), jnp.frexp(size)[1], 0)
+    one = jnp.ones((), size.dtype)
+    return scale(jnp.ldexp(one, -exponent), x), jnp.ldexp(one, exponent)
+
+
 def axpy(factor: Scalar, x: PyTree, y: PyTree) -> PyTree:
     """Return `factor · x + y`, each leaf in the dtype of `y`'s."""
     _check_alike(x, y)

@@ -91,8 +91,9 @@ def conjugate_gradient(
     """
     _check_settings(damping, tolerance=tolerance, iterations=iterations)
     targets = jax.tree.map(jnp.asarray, targets)
+    check_finite(_norms(targets), "a right-hand side")
+    targets, sizes = _level(targets)  # the squares of small ones would be 0
     ridge, norms = jnp.asarray(damping, _kind(targets)), _norms(targets)
-    check_finite(norms, "a right-hand side")
     precondition = precondition or _same
     solution, taken, left = tree.zeros_like(targets), np.zeros(norms.shape, np.int32), iterations
     residual, size, largest = targets, np.where(np.asarray(norms) > 0, 1.0, 0.0), 0.0
@@ -116,7 +117,7 @@ def conjugate_gradient(
             size = np.asarray(size)
             if (size > before / 2)[size > tolerance].all():
                 break
-    return solution, Info(size, taken, size <= tolerance)
+    return _scaled(sizes, solution), Info(size, taken, size <= tolerance)
 
 
 def lissa(
@@ -207,12 +208,8 @@ def _same(vectors: Vectors) -> Vectors:
     return vectors
 
 
-_dots = jax.jit(jax.vmap(tree.dot))
-
-
-@jax.jit
-def _norms(vectors: Vectors) -> Float[Array, " q"]:
-    return jnp.sqrt(jax.vmap(tree.dot)(vectors, vectors))
+_dots, _norms = jax.jit(jax.vmap(tree.dot)), jax.jit(jax.vmap(tree.norm))
+_level, _scaled = jax.jit(jax.vmap(tree.level)), jax.jit(jax.vmap(tree.scale))
 
 
 @jax.jit

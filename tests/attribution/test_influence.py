@@ -192,6 +192,23 @@ def test_products_and_norms_are_what_their_formulas_say(problem):
     np.testing.assert_allclose(found, own / len(train), rtol=1e-8)
 
 
+def test_gradients_of_any_size_have_their_angles():
+    """In single precision the square of 1e-24 is 0, and that of 1e24 infinite."""
+    params, train = problems.params(np.float32), problems.source(dtype=np.float32)
+    queries_ = influence.gradients(problems.margin, params, InMemory(problems.data(QUERIES, seed=7, dtype=np.float32)))
+    inverse = jax.tree_util.Partial(lambda vectors: jax.tree.map(lambda leaf: 4 * leaf, vectors))
+    wanted = influence.cosine(problems.loss, params, train, queries_)
+    relative = quiet(params, train, queries_, norm=influence.local_norm(inverse))
+    assert np.abs(wanted).max() > 0.3
+    for size in (1e-24, 1e24):
+        loss = lambda params, example, size=size: size * problems.loss(params, example)  # noqa: E731
+        scaled = jax.tree.map(lambda leaf, size=size: size * leaf, queries_)
+        np.testing.assert_allclose(influence.cosine(loss, params, train, queries_), wanted, atol=1e-6)
+        np.testing.assert_allclose(influence.cosine(problems.loss, params, train, scaled), wanted, atol=1e-6)
+        found = influence.scores(loss, params, train, queries_, norm=influence.local_norm(inverse), progress=False)
+        np.testing.assert_allclose(found, relative, rtol=1e-4, atol=1e-6)
+
+
 def test_self_influence_takes_a_solver_that_is_a_loop_on_the_host(problem):
     train, _, matrix = problem
     undamped = jnp.asarray(matrix - DAMPING * np.eye(len(matrix)))

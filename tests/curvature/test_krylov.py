@@ -98,6 +98,22 @@ def test_conjugate_gradients_agree_with_the_explicit_inverse(ggn):
     assert quick.iterations.max() <= 2
 
 
+def test_conjugate_gradients_solve_for_right_hand_sides_of_any_size():
+    """In single precision their squares are 0 or infinite; the solution of the small one was 0, and had converged."""
+    rng = np.random.default_rng(0)
+    root, row = rng.normal(size=(6, 6)), rng.normal(size=6)
+    matrix = root @ root.T / 6
+    single = jnp.asarray(matrix, jnp.float32)
+    operator = lambda vectors: jnp.matmul(vectors, single, precision="highest")  # noqa: E731
+    wanted = np.linalg.solve(matrix + DAMPING * np.eye(6), row)
+    sizes = np.array([1e-28, 1, 1e28])
+    targets = jnp.asarray(sizes[:, None] * row, jnp.float32)
+    found, info = krylov.conjugate_gradient(operator, targets, damping=DAMPING)
+    assert info.converged.all()
+    assert info.iterations.min() > 1
+    np.testing.assert_allclose(np.asarray(found, np.float64) / sizes[:, None], np.tile(wanted, (3, 1)), rtol=2e-3)
+
+
 def test_conjugate_gradients_say_when_they_have_not_converged(ggn):
     _, operator = ggn
     _, vectors = problems.vectors(2)
