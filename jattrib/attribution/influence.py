@@ -280,6 +280,8 @@ def _find(output: OutputFn, params: Params, source: Source) -> Layers | None:
     try:
         return taps.find(output, params, example)
     except InvalidInputError:
+        if not all(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in jax.tree.leaves(params)):
+            raise
         shape = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), jax.eval_shape(output, params, example))
         if shape != ((), jnp.result_type(jax.tree.leaves(params)[0])):
             raise

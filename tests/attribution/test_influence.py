@@ -365,6 +365,8 @@ def test_bad_input_is_refused():
         quiet(params, InMemory((inputs, labels)), directions, chunk=10)
     with pytest.raises(InvalidInputError, match="one floating-point number"):
         influence.gradients(problems.logits, params, queries())
+    with pytest.raises(InvalidInputError, match="leaf 'steps' is not floating"):
+        influence.gradients(problems.margin, {**params, "steps": jnp.int32(3)}, queries())
     empty = Subset(problems.source(), np.zeros(0, np.int64))
     for refused in (
         lambda: influence.gradients(problems.margin, params, empty),
