@@ -233,7 +233,7 @@ def token_scores(
         mesh: spreads the examples over its first axis.
 
     Raises:
-        InvalidInputError: a score is not finite, or directions are not like the parameters.
+        InvalidInputError: a score is not finite, directions are not like the parameters, or losses are not a vector.
 
     Source: Grosse et al. 2023, section 4.3.2.
     """
@@ -343,9 +343,17 @@ def _selves(layers: Layers | None, operand: tuple[OutputFn, Params, Precondition
 def _token_products(operand: tuple[Any, Params, Vectors], batch: Batch) -> Float[Array, "b t q"]:
     losses, params, directions = operand
 
-    def values(params: Params) -> Float[Array, "b t"]:
+    def values(params: Params) -> Array:
         return jax.vmap(losses, in_axes=(None, 0))(params, batch)
 
+    shape = jax.eval_shape(values, params).shape
+    if len(shape) != 2:
+        raise InvalidInputError(
+            f"losses of the shape {list(shape[1:])} for one example",
+            expected="a vector: a loss a token",
+            remedy="return the tokens' losses themselves, not their sum",
+        )
+    directions = jax.tree.map(lambda leaf, d: d.astype(jnp.result_type(leaf)), params, directions)
     along = jax.lax.map(lambda direction: jax.jvp(values, (params,), (direction,))[1], directions)
     return jnp.moveaxis(along, 0, 2)
 

@@ -236,6 +236,11 @@ def test_tokens_scores_add_up_to_those_of_their_example(problem):
     single = InMemory(jax.tree.map(lambda leaf: leaf.reshape(18, *leaf.shape[2:]), batch))
     wanted = quiet(problems.params(), single, directions, chunk=10).reshape(6, 3, QUERIES) * 18 / 6
     np.testing.assert_allclose(found, wanted, rtol=1e-8, atol=1e-13)
+    single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), directions)
+    cast = influence.token_scores(losses, problems.params(), InMemory(batch), single)
+    np.testing.assert_allclose(cast, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
+    with pytest.raises(InvalidInputError, match=r"losses of the shape \[\] for one example"):
+        influence.token_scores(lambda *each: losses(*each).sum(), problems.params(), InMemory(batch), directions)
 
 
 def test_the_best_of_blocks_are_the_best_of_all(problem, monkeypatch):
