@@ -132,7 +132,8 @@ def scores(train: Features, directions: Float[Array | np.ndarray, "q k"]) -> Flo
     """Return `τ_ij = −(1/n) φ_i · d_j`, with φ of training losses and `d = inverse(train)(query features)`.
 
     Raises:
-        InvalidInputError: features and directions are of different dimensions, or a direction is not finite.
+        InvalidInputError: features and directions are of different dimensions, a direction or a score is not finite, or
+            there are no features.
         StoreError: rows of the store are missing or damaged.
     """
     return np.concatenate([block for _, block in _blocks(train, directions)])
@@ -186,14 +187,18 @@ def _blocks(
         )
     check_finite(np.asarray(directions), "direction")
     count, directions = len(train), jnp.asarray(directions)
+    if not count:
+        raise InvalidInputError("features of 0 examples", expected="one example or more", remedy="check their source")
     for start in range(0, count, BLOCK):
         stop = min(start + BLOCK, count)
         rows = train.read(NAME, start, stop) if isinstance(train, Rows) else train[start:stop]
-        yield start, np.asarray(_product(rows, directions)) * (-1 / count)
+        block = np.asarray(_product(rows, directions)) * (-1 / count)
+        check_finite(block, "the row of scores", start)
+        yield start, block
 
 
-def check_finite(rows: Float[np.ndarray, "q k"], name: str) -> None:
-    """Refuse directions, or features of queries, of which one is not finite.
+def check_finite(rows: Float[np.ndarray, "q k"], name: str, first: int = 0) -> None:
+    """Refuse rows, numbered from `first`, of which one is not finite.
 
     Raises:
         InvalidInputError: one is; it is named.
@@ -201,9 +206,9 @@ def check_finite(rows: Float[np.ndarray, "q k"], name: str) -> None:
     bad = ~np.isfinite(rows).all(axis=1)
     if bad.any():
         raise InvalidInputError(
-            f"{name} {int(bad.argmax())} is not finite",
+            f"{name} {first + int(bad.argmax())} is not finite",
             expected="finite numbers",
-            remedy="check queries and checkpoint for NaN, and that the solver of the curvature converged",
+            remedy="check features, queries and checkpoint for NaN, and that the solver of the curvature converged",
         )
 
 

@@ -50,8 +50,8 @@ def build(train: Features, *, factory: str = "HNSW32") -> Index:
             `IVF1024,Flat`, in 1,024 cells; `IVF1024,PQ16`, compressed in them; `Flat`, exact.
 
     Raises:
-        InvalidInputError: FAISS is not installed, does not know the factory or how to add rows to it, or there
-            are too few rows for it.
+        InvalidInputError: FAISS is not installed, does not know the factory or how to add rows to it, there are
+            too few rows for it, or one is not finite.
     """
     faiss = _faiss()
     count, dim = len(train), train.arrays[NAME][0][0] if isinstance(train, Rows) else train.shape[1]
@@ -168,7 +168,9 @@ def _faiss() -> ModuleType:
 def _rows(train: Features, start: int) -> Float[np.ndarray, "b k"]:
     stop = min(start + BLOCK, len(train))
     rows = train.read(NAME, start, stop) if isinstance(train, Rows) else train[start:stop]
-    return np.ascontiguousarray(rows, np.float32)
+    rows = np.ascontiguousarray(rows, np.float32)
+    check_finite(rows, "the row of features", start)
+    return rows
 
 
 def _innermost(searcher: Any) -> Any:

@@ -91,6 +91,8 @@ def test_bad_input_is_refused(setting, monkeypatch):
         bad = np.where(np.arange(6)[:, None] == 2, value, directions)
         with pytest.raises(InvalidInputError, match="direction 2 is not finite"):
             index.search(built, bad, k=1)
+    with pytest.raises(InvalidInputError, match="the row of features 7 is not finite"):
+        index.build(np.where(np.arange(50)[:, None] == 7, np.nan, rows[:50]), factory="Flat")
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(InvalidInputError, match=r"pip install 'jattrib\[index\]'"):
         index.build(rows[:50])

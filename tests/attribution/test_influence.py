@@ -297,6 +297,12 @@ def test_kept_features_answer_later_queries_and_refuse_other_projections(problem
     for refused in (features.scores, partial(features.top, k=3)):
         with pytest.raises(InvalidInputError, match="direction 1 is not finite"):
             refused(made, bad)
+    broken = np.where(np.arange(len(phi))[:, None] == 11, np.nan, phi)
+    for refused in (features.scores, partial(features.top, k=3)):
+        with pytest.raises(InvalidInputError, match="the row of scores 11 is not finite"):
+            refused(broken, asked)
+    with pytest.raises(InvalidInputError, match="features of 0 examples"):
+        features.scores(phi[:0], asked)
 
 
 @pytest.mark.slow
