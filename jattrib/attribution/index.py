@@ -8,6 +8,7 @@ index finds.
 Source: Malkov and Yashunin 2018 (graphs), Jégou, Douze and Schmid 2011 (cells), as FAISS has them.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -126,7 +127,7 @@ def save(index: Index, directory: Path) -> None:
     """
     content = _faiss().serialize_index(index.searcher).tobytes()
     files.write_atomic(directory / FILE, content)
-    manifest = {"rows": index.rows, "dim": index.dim, "identity": index.identity}
+    manifest = {"rows": index.rows, "dim": index.dim, "identity": index.identity, "content": _digest(content)}
     files.write_manifest(directory / files.MANIFEST, manifest)
 
 
@@ -145,12 +146,19 @@ def load(directory: Path, *, identity: Mapping[str, Any] | None = None) -> Index
     if identity is not None:
         files.check_identity(directory, {name: stored.get(name) for name in identity}, identity)
     try:
-        searcher = faiss.deserialize_index(np.frombuffer((directory / FILE).read_bytes(), np.uint8))
+        content = (directory / FILE).read_bytes()
+        if _digest(content) != manifest.get("content"):  # or it is another's, saved over this one but for its manifest
+            raise OSError("it is not what its manifest describes")
+        searcher = faiss.deserialize_index(np.frombuffer(content, np.uint8))
     except (OSError, RuntimeError) as error:
         raise StoreError(
             f"{directory / FILE} cannot be read: {error}", expected="an index that `save` wrote", remedy="build it anew"
         ) from error
     return Index(searcher, manifest["rows"], manifest["dim"], stored)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _faiss() -> ModuleType:

@@ -69,6 +69,11 @@ def test_an_index_of_a_store_says_what_it_is_of_and_refuses_others(setting, tmp_
     np.testing.assert_array_equal(index.search(again, directions, k=3).indices, features.top(kept, directions, k=3)[0])
     with pytest.raises(StoreError, match="its projection is 'seed 0', this run's is 'seed 1'"):
         index.load(tmp_path / "index", identity={"projection": "seed 1"})
+    other = index.Index(index.build(rows[::-1], factory="Flat").searcher, N, DIM, {"projection": "seed 1"})
+    index.save(other, tmp_path / "other")
+    (tmp_path / "index" / index.FILE).write_bytes((tmp_path / "other" / index.FILE).read_bytes())  # killed half-way
+    with pytest.raises(StoreError, match="not what its manifest describes"):
+        index.load(tmp_path / "index", identity={"projection": "seed 0"})
     (tmp_path / "index" / index.FILE).write_bytes(b"nothing")
     with pytest.raises(StoreError, match="build it anew"):
         index.load(tmp_path / "index")
