@@ -253,6 +253,8 @@ def euclidean_norm(vectors: Vectors) -> Float[Array, " b"]:
 def local_norm(precondition: Precondition) -> Norm:
     """Return the norm `√(gᵀ C⁻¹ g)` of ℓ-RelatIF, for `scores`: influence a unit of the example's own.
 
+    Where C is not positive definite, and the square negative, it is NaN, which `scores` refuses.
+
     Source: Barshan, Brunet and Dziugaite 2020, section 4, equation 8.
     """
     return jax.tree_util.Partial(_local, tree.callable_tree(precondition))
@@ -331,7 +333,7 @@ def _plain(
         for g, d in zip(jax.tree.leaves(found), jax.tree.leaves(directions), strict=True)
     ]
     norms = norm(found)[:, None]
-    return jnp.where(norms > 0, sum(parts[1:], start=parts[0]) / jnp.where(norms > 0, norms, 1), 0)
+    return jnp.where(norms == 0, 0, sum(parts[1:], start=parts[0]) / jnp.where(norms == 0, 1, norms))
 
 
 def _selves(layers: Layers | None, operand: tuple[OutputFn, Params, Precondition], batch: Batch) -> Float[Array, " b"]:
@@ -371,7 +373,10 @@ def _unit(vectors: Vectors) -> Vectors:
 
 def _local(precondition: Precondition, vectors: Vectors) -> Float[Array, " b"]:
     vectors, sizes = jax.vmap(tree.level)(vectors)
-    return sizes * jnp.sqrt(jnp.maximum(jax.vmap(tree.dot)(vectors, precondition(vectors)), 0))
+    turned = precondition(vectors)
+    squares = jax.vmap(tree.dot)(vectors, turned)
+    rounding = 100 * jnp.finfo(squares.dtype).eps * euclidean_norm(turned)
+    return sizes * jnp.sqrt(jnp.where(squares >= -rounding, jnp.maximum(squares, 0), jnp.nan))
 
 
 def _moved(precondition: Precondition, vectors: Vectors) -> Float[Array, " b"]:
@@ -399,5 +404,6 @@ def _check_finite(start: int, rows: Any) -> None:
             raise InvalidInputError(
                 f"example {start + int(bad.argmax())} has a gradient or a score that is not finite",
                 expected="finite and differentiable losses and outputs, and finite directions",
-                remedy="check inputs and checkpoint for NaN, and that the solver of the curvature converged",
+                remedy="check inputs and checkpoint for NaN, and that the solver of the curvature converged; a local "
+                "norm needs one that is positive definite",
             )

@@ -374,6 +374,9 @@ def test_bad_input_is_refused():
     inputs[7] = np.nan
     with pytest.raises(InvalidInputError, match="example 7 has a gradient or a score that is not finite"):
         quiet(params, InMemory((inputs, labels)), directions, chunk=10)
+    upside_down = influence.local_norm(jax.tree_util.Partial(lambda v: jax.tree.map(jnp.negative, v)))
+    with pytest.raises(InvalidInputError, match=r"(?s)example 0 has .* not finite.*positive definite"):
+        quiet(params, problems.source(), directions, norm=upside_down)
     with pytest.raises(InvalidInputError, match="one floating-point number"):
         influence.gradients(problems.logits, params, queries())
     with pytest.raises(InvalidInputError, match="leaf 'steps' is not floating"):
