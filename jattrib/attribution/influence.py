@@ -172,7 +172,7 @@ def cosine(
 
     Source: Charpiat et al. 2019; Hanawa et al. 2021, whose similarity is of two losses: the output is here minus one.
     """
-    units = _unit(jax.tree.map(jnp.asarray, queries))
+    units = _unit(tree.widen(queries))
     return -_products(loss, params, train, units, euclidean_norm, chunk=chunk, mesh=mesh, progress=False)(train)
 
 
@@ -330,7 +330,7 @@ def _plain(
     found = _gradients(layers, (loss, params), batch)
     parts = [
         jnp.matmul(g.reshape(len(g), -1), d.reshape(len(d), -1).T, precision="highest")
-        for g, d in zip(jax.tree.leaves(found), jax.tree.leaves(directions), strict=True)
+        for g, d in zip(*(jax.tree.leaves(tree.widen(each)) for each in (found, directions)), strict=True)
     ]
     norms = norm(found)[:, None]
     return jnp.where(norms == 0, 0, sum(parts[1:], start=parts[0]) / jnp.where(norms == 0, 1, norms))
@@ -362,7 +362,7 @@ def _token_products(operand: tuple[Any, Params, Vectors], batch: Batch) -> Float
 
 def _one(vectors: Vectors) -> Float[Array, " b"]:
     leaf = jax.tree.leaves(vectors)[0]
-    return jnp.ones(leaf.shape[0], leaf.dtype)
+    return jnp.ones(leaf.shape[0], tree.sum_dtype(leaf.dtype))
 
 
 @jax.jit

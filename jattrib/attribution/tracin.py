@@ -73,7 +73,7 @@ def scores(
         total = total + rate * influence.scores(
             loss, params, train, directions, chunk=chunk, mesh=mesh, progress=progress
         )
-    return total.astype(jnp.result_type(jax.tree.leaves(checkpoints[0].params)[0]))
+    return total.astype(tree.sum_dtype(jnp.result_type(jax.tree.leaves(checkpoints[0].params)[0])))
 
 
 def sgd(momentum: float = 0.0) -> Precondition:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jattrib.attribution import features, influence, trak
+from jattrib.attribution import features, influence, tracin, trak
 from jattrib.core.stream import InMemory
 from jattrib.curvature import datainf, diagonal, ekfac, krylov, products
 from jattrib.models import gpt
@@ -73,6 +73,23 @@ def test_scores_are_those_of_single_precision(method, made):
         found.append(influence.scores(loss, params, source, solved, progress=False))
     single, half = (np.asarray(each, np.float64) for each in found)
     assert np.linalg.norm(half - single) < 0.03 * np.linalg.norm(single)
+
+
+def test_cosines_and_scores_of_checkpoints_are_summed_in_single():
+    """Of the very gradients, in half precision, that the parameters have."""
+    loss, _, params, source = problem(classifier, jnp.bfloat16)
+    queries = InMemory(source.take(np.arange(3)))
+    found = influence.gradients(loss, params, queries)
+    rows, asked = (
+        np.concatenate([np.asarray(leaf, np.float64).reshape(len(leaf), -1) for leaf in jax.tree.leaves(each)], axis=1)
+        for each in (influence.gradients(loss, params, source), found)
+    )
+    products = -rows @ asked.T
+    lengths = np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(asked, axis=1)
+    np.testing.assert_allclose(influence.cosine(loss, params, source, found), products / lengths, atol=1e-5)
+    traced = tracin.scores(loss, loss, [tracin.Checkpoint(params, 0.3)], source, queries, progress=False)
+    np.testing.assert_allclose(traced, 0.3 * products / COUNT, atol=1e-3 * np.abs(products).max() / COUNT)
+    assert traced.dtype == np.float32
 
 
 @pytest.mark.parametrize("made", MODELS)
