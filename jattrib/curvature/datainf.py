@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 from jattrib.core import stream, tree
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Batch, Fold, OutputFn, Params, Source
+from jattrib.curvature import diagonal
 from jattrib.curvature.diagonal import RELATIVE_DAMPING
 from jattrib.curvature.products import Vectors
 from jattrib.grads.per_example import at_once, per_example
@@ -45,6 +46,7 @@ def precondition(
 
     Raises:
         InvalidInputError: a layer's damping is not positive.
+        DivergedError: a sum is not finite.
 
     Source: Kwon et al. 2024, equation 5 and section 3.2.
     """
@@ -59,6 +61,7 @@ def precondition(
         sums = stream.fold(
             Fold(lambda: zeros, jax.tree_util.Partial(_squares, loss, params), lambda total: total), source, **settings
         )
+        diagonal.check_finite(sums, "a sum of squared gradients")
         ridges = {name: relative_damping * sums[name] / (len(source) * sizes[name]) for name in sizes}
     else:
         ridges = {name: jnp.asarray(damping, kind) for name in sizes}
@@ -72,6 +75,7 @@ def precondition(
     vectors = jax.tree.map(jnp.asarray, vectors)
     update = jax.tree_util.Partial(_projections, loss, params, ridges, vectors)
     total = stream.fold(Fold(lambda: tree.zeros_like(vectors), update, lambda total: total), source, **settings)
+    diagonal.check_finite(total, "a sum of products of gradients")
     return _finish(vectors, total, ridges, len(source))
 
 

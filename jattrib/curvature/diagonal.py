@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from jattrib.core import stream, tree
-from jattrib.core.errors import InvalidInputError
+from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.types import Batch, Fold, OutputFn, Params, Source
 from jattrib.curvature.products import Operator, Vectors
 from jattrib.grads.per_example import at_once, per_example
@@ -34,6 +34,9 @@ def fisher(
         chunk: examples differentiated at once; when left out, as many as `per_example.at_once` says.
         mesh: spreads the examples over its first axis.
         progress: whether to show it.
+
+    Raises:
+        DivergedError: a sum is not finite.
     """
     chunk = at_once(params, mesh=mesh) if chunk is None else chunk
     statistic = Fold(
@@ -41,7 +44,9 @@ def fisher(
         jax.tree_util.Partial(_squares, tree.callable_tree(loss), params),
         lambda total: tree.scale(1 / len(source), total),
     )
-    return stream.fold(statistic, source, chunk=chunk, mesh=mesh, label="diagonal", progress=progress)
+    found = stream.fold(statistic, source, chunk=chunk, mesh=mesh, label="diagonal", progress=progress)
+    check_finite(found, "a sum of squared gradients")
+    return found
 
 
 def inverse(
@@ -67,6 +72,21 @@ def inverse(
                 remedy="give a positive `damping`: no gradient reaches some of these parameters",
             )
     return jax.tree_util.Partial(_divide, damped)
+
+
+def check_finite(sums: PyTree, what: str) -> None:
+    """Refuse sums over a source of which one is not finite.
+
+    Raises:
+        DivergedError: one is; its leaf is named.
+    """
+    for name, leaf in tree.to_names(sums).items():
+        if not bool(jnp.isfinite(leaf).all()):
+            raise DivergedError(
+                f"{what} that is not finite at {name!r}",
+                expected="finite gradients",
+                remedy="look for NaN or overflow: a diverged checkpoint, an input, gradients in half precision",
+            )
 
 
 def squares(gradients: PyTree, valid: Bool[Array, " b"]) -> PyTree:

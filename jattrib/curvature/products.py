@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from jattrib.core import stream, tree
-from jattrib.core.errors import InvalidInputError
+from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.types import Batch, Example, Fold, OutputFn, Params, Source
 
 Vectors = Params
@@ -115,14 +115,32 @@ def mean_eigenvalue(operator: Operator, like: Params, *, key: Key[Array, ""], sa
         key: of the signs.
         samples: how many, all in one call of the operator.
 
+    Raises:
+        DivergedError: it is not finite.
+
     Source: Hutchinson 1990.
     """
     signs = random_vectors(key, like, samples, distribution="signs")
-    return float(jnp.mean(jax.vmap(tree.dot)(signs, operator(signs)))) / tree.size(like)
+    found = float(jnp.mean(jax.vmap(tree.dot)(signs, operator(signs)))) / tree.size(like)
+    if not np.isfinite(found):
+        raise DivergedError(
+            f"a mean eigenvalue of {found}",
+            expected="finite products with the curvature",
+            remedy="look for NaN or overflow: a diverged checkpoint, an input, gradients in half precision",
+        )
+    return found
 
 
 def random_vectors(key: Key[Array, ""], like: Params, count: int, *, distribution: str = "normal") -> Vectors:
-    """Return `count` random vectors of the structure and dtypes of `like`, normal or of `signs`."""
+    """Return `count` random vectors of the structure and dtypes of `like`, `normal` or of `signs`.
+
+    Raises:
+        InvalidInputError: the distribution is neither.
+    """
+    if distribution not in ("normal", "signs"):
+        raise InvalidInputError(
+            f"distribution = {distribution!r}", expected="'normal' or 'signs'", remedy="choose one of them"
+        )
     draw = jax.random.normal if distribution == "normal" else jax.random.rademacher
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))

@@ -270,6 +270,23 @@ def test_parameters_in_half_precision_have_sums_in_single():
         np.testing.assert_allclose(one["kernel"].astype(np.float64), wanted, rtol=0.02, atol=0.02, err_msg=name)
 
 
+def test_curvatures_that_are_not_finite_are_refused():
+    inputs, labels = problems.data()
+    inputs[3, 0] = np.nan
+    broken, params, (_, vectors) = InMemory((inputs, labels)), problems.params(), problems.vectors(2)
+    operator = products.streamed(products.hessian(problems.loss, params), broken)
+    for call in (
+        lambda: diagonal.fisher(problems.loss, params, broken, progress=False),
+        lambda: datainf.precondition(problems.loss, params, broken, vectors),
+        lambda: datainf.precondition(problems.loss, params, broken, vectors, damping=0.1),
+        lambda: products.mean_eigenvalue(operator, params, key=jax.random.key(0), samples=2),
+    ):
+        with pytest.raises(DivergedError, match=r"not finite at 'first|a mean eigenvalue of nan"):
+            call()
+    with pytest.raises(InvalidInputError, match="distribution = 'gaussian'"):
+        products.random_vectors(jax.random.key(0), params, 2, distribution="gaussian")
+
+
 def test_too_many_parameters_for_a_matrix_are_refused():
     with pytest.raises(InvalidInputError, match=r"(?s)20001 parameters.*ekfac"):
         explicit.matrix(lambda v: v, jnp.zeros(20_001))
