@@ -43,7 +43,7 @@ def arnoldi(
 
     Every new vector is made orthogonal to all before, twice, so no eigenvalue appears twice by rounding; where the
     space is exhausted (C has fewer distinct eigenvalues than steps) a new random vector goes on.  With as many steps as
-    parameters the eigenvectors are C's own.
+    parameters the eigenvectors are C's own.  Of parameters in half precision they are in single.
 
     Args:
         operator: the product with C, symmetric.
@@ -67,14 +67,16 @@ def arnoldi(
             expected="1 <= rank <= steps <= parameters",
             remedy="50 to 200 steps and half as many eigenvectors are usual; all parameters for an exact inverse",
         )
-    flat, unravel = tree.ravel(like)
+    flat, unravel = tree.ravel(tree.widen(like))  # in half precision no vector is orthogonal to another
+    kinds = jax.tree.map(jnp.result_type, like)
     space, projected = jnp.zeros((steps, size), flat.dtype), np.zeros((steps, steps))
     draws = iter(range(2 * steps))
     vector, remainder = _fresh(key, next(draws), space), 0.0
     with track(steps, "Arnoldi", progress=progress) as advance:
         for step in range(steps):
             space = space.at[step].set(vector)
-            image = tree.ravel(operator(jax.tree.map(lambda leaf: leaf[None], unravel(vector))))[0]
+            asked = jax.tree.map(lambda leaf, kind: leaf[None].astype(kind), unravel(vector), kinds)
+            image = tree.ravel(tree.widen(operator(asked)))[0]
             vector, overlap, norms = _orthogonal(space, image)
             check_finite(norms, "a product with the curvature")
             projected[:, step], remainder = np.asarray(overlap, np.float64), float(norms[1])
@@ -158,7 +160,7 @@ def _coordinates(basis: Vectors, vectors: Vectors) -> Float[Array, "q k"]:
     """Return `v Wᵀ`; a leaf that is a `jax.ShapeDtypeStruct` is absent and contributes nothing."""
     pairs = zip(jax.tree.leaves(basis), jax.tree.leaves(vectors), strict=True)
     parts = [
-        jnp.matmul(v.reshape(len(v), -1), w.reshape(len(w), -1).T, precision="highest")
+        jnp.matmul(v.reshape(len(v), -1).astype(w.dtype), w.reshape(len(w), -1).T, precision="highest")
         for w, v in pairs
         if not isinstance(v, jax.ShapeDtypeStruct)
     ]
@@ -168,4 +170,6 @@ def _coordinates(basis: Vectors, vectors: Vectors) -> Float[Array, "q k"]:
 @jax.jit
 def _within(basis: Vectors, factors: Float[Array, " k"], vectors: Vectors) -> Vectors:
     along = _coordinates(basis, vectors) * factors[None]
-    return jax.tree.map(lambda w: jnp.tensordot(along, w, axes=1, precision="highest"), basis)
+    return jax.tree.map(
+        lambda w, v: jnp.tensordot(along, w, axes=1, precision="highest").astype(v.dtype), basis, vectors
+    )

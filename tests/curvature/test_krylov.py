@@ -195,6 +195,29 @@ def test_arnoldi_finds_the_largest_eigenvalues_first(ggn):
     assert (np.linalg.norm(left, axis=1) <= np.asarray(space.residuals) + 1e-10).all()
 
 
+def test_arnoldi_in_half_precision_is_of_the_krylov_space():
+    """It began anew at every step, with residuals of 0, and found no eigenvalue."""
+    half, values = jnp.bfloat16, np.concatenate([[9.0, 5.0, 3.0], np.linspace(0.1, 1, 37)])
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 40)))[0]
+    matrix = jnp.asarray(rotation * values @ rotation.T, jnp.float32)
+
+    def operator(vectors):
+        assert vectors["w"].dtype == half
+        wide = vectors["w"].reshape(len(vectors["w"]), -1).astype(jnp.float32)
+        return {"w": (wide @ matrix).astype(half).reshape(vectors["w"].shape)}
+
+    space = arnoldi.arnoldi(operator, {"w": jnp.zeros((8, 5), half)}, key=jax.random.key(0), steps=12, rank=3)
+    np.testing.assert_allclose(space.eigenvalues, values[:3], rtol=0.02)
+    overlap = np.asarray(space.basis["w"]).reshape(3, 40) @ rotation[:, :3]
+    np.testing.assert_allclose(np.abs(np.diag(overlap)), 1, atol=0.02)
+    vector = jnp.asarray(rotation[:, :2].T.reshape(2, 8, 5), half)
+    solved = arnoldi.inverse(space, damping=1.0)({"w": vector})["w"]
+    assert solved.dtype == half
+    np.testing.assert_allclose(
+        solved.astype(np.float64), vector.astype(np.float64) / np.array([10.0, 6.0])[:, None, None], atol=0.01
+    )
+
+
 def test_arnoldi_refuses_what_it_cannot_do(ggn):
     _, operator = ggn
     with pytest.raises(InvalidInputError, match=r"steps = 99, rank = 99 for 43 parameters"):
