@@ -121,7 +121,7 @@ def fit(
         progress: whether to show it.
 
     Raises:
-        InvalidInputError: no parameter is used linearly, or the loss is not one number.
+        InvalidInputError: no parameter is used linearly, the loss is not one number, or the source is empty.
         DivergedError: a second moment is not finite.
     """
     layers, settings = find(loss, params, source), {"chunk": chunk, "mesh": mesh, "progress": progress}
@@ -136,7 +136,17 @@ def fit(
 
 
 def find(loss: Sampled | Observed, params: Params, source: Source) -> Layers:
-    """Return the layers of a loss, from the shapes of the source's first example; see `taps.find`."""
+    """Return the layers of a loss, from the shapes of the source's first example; see `taps.find`.
+
+    Raises:
+        InvalidInputError: the source is empty, or what `taps.find` says.
+    """
+    if not len(source):
+        raise InvalidInputError(
+            "a source of 0 examples",
+            expected="one example or more",
+            remedy="check the path and the selection that made the source",
+        )
     return taps.find(loss, params, _shapes(Numbered(source).take(np.zeros(1, np.int64)), drop=1))
 
 

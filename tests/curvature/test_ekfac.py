@@ -227,6 +227,8 @@ def test_bad_input_is_refused():
     inputs[3] = np.nan
     with pytest.raises(DivergedError, match=r"second moments of the layer 'first/kernel' that are not finite"):
         ekfac.fit(ekfac.empirical_fisher(problems.loss), problems.params(), InMemory((inputs, labels)), progress=False)
+    with pytest.raises(InvalidInputError, match="a source of 0 examples"):
+        ekfac.fit(ekfac.empirical_fisher(problems.loss), problems.params(), problems.source(0), progress=False)
     flat_loss = ekfac.empirical_fisher(lambda params, example: 0 * problems.loss(params, example))
     factors = ekfac.fit(flat_loss, problems.params(), problems.source(), progress=False)
     with pytest.raises(InvalidInputError, match=r"an eigenvalue of 0 in the layer 'first/kernel'"):
