@@ -354,10 +354,27 @@ def _transposed(vectors: Array | None) -> Array | None:
     return None if vectors is None else jnp.swapaxes(vectors, 1, 2)
 
 
+def _check_vectors(layers: Layers, vectors: Vectors) -> None:
+    named, ranks = tree.to_names(vectors), {leaf.path: len(leaf.shape) for leaf in layers.plain}
+    for layer in layers.layers:
+        ranks[layer.path] = len(layer.form.box.starts)
+        if layer.bias is not None and layer.bias_form is not None:
+            ranks[layer.bias] = len(layer.bias_form.box.starts)
+    for path, rank in ranks.items():
+        if path not in named or named[path].ndim != rank + 1:
+            found = f"the shape {list(named[path].shape)}" if path in named else "nothing"
+            raise InvalidInputError(
+                f"vectors with {found} at {path!r}, where the parameters have {rank} dimensions",
+                expected="a tree like the parameters, every leaf with a leading axis over vectors",
+                remedy="pass per-example gradients of these parameters; of one vector, `leaf[None]` of its leaves",
+            )
+
+
 @partial(jax.jit, static_argnums=0)
 def _precondition(
     layers: Layers, rotations: Rotations, values: dict[str, Array], plain: dict[str, Array], vectors: Vectors
 ) -> Vectors:
+    _check_vectors(layers, vectors)
     matrices, rest = taps.matrices(layers, vectors)
     solved = {}
     for name, matrix in matrices.items():
