@@ -254,16 +254,19 @@ def _moments(
 ) -> dict[str, tuple[Array, Array]]:
     def both(layer: Layer, _: Any, a: Array, s: Array) -> tuple[Array, Array]:
         kind = taps.accumulator(a, s)
-        inputs = _second_moment(a, valid, layer.inputs, kind, _looked_up(layer))
-        return inputs, _second_moment(s, valid, layer.outputs, kind, False)
+        inputs = _second_moment(a, valid, layer.inputs, kind, _looked_up(layer, swapped=False))
+        return inputs, _second_moment(s, valid, layer.outputs, kind, _looked_up(layer, swapped=True))
 
     reducers = {layer.name: taps.Reducer(partial(both, layer)) for layer in layers.layers}
     return taps.reduce(layers, loss, params, batch, reducers=reducers, plain=False).layers
 
 
-def _looked_up(layer: Layer) -> bool:
-    """Whether rows of the layer's matrix are looked up: their second moment is diagonal, and too large otherwise."""
-    return any(use.kind == "embedding" for use in layer.uses)
+def _looked_up(layer: Layer, *, swapped: bool) -> bool:
+    """Whether rows of the layer's matrix are looked up, or columns if swapped.
+
+    Their second moment is diagonal, and too large otherwise.
+    """
+    return any(use.kind == "embedding" and use.swapped == swapped for use in layer.uses)
 
 
 def _second_moment(each: Array, valid: Bool[Array, " b"], size: int, kind: Any, diagonal_only: bool) -> Array:
@@ -315,7 +318,9 @@ def _squares(
     layers: Layers, loss: OutputFn, params: Params, rotations: Rotations, batch: Batch, valid: Bool[Array, " b"]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     names = {layer.name: layer for layer in layers.layers}
-    at_once = {name for name, layer in names.items() if layer.whole and not _looked_up(layer)}
+    at_once = {
+        name for name, layer in names.items() if layer.whole and "embedding" not in {use.kind for use in layer.uses}
+    }
 
     def whole(layer: Layer, rotation: Any, a: Array, s: Array) -> Array:
         kept = valid.astype(taps.accumulator(a, s))

@@ -190,6 +190,20 @@ def test_every_form_of_layer_has_the_squares_of_its_plain_gradients():
     np.testing.assert_allclose(back["last/kernel"][:, 0], left @ inner @ right.T, rtol=1e-9)
 
 
+def test_a_square_table_of_which_rows_and_columns_are_looked_up_has_the_given_basis():
+    params = jnp.asarray(np.random.default_rng(2).normal(size=(5, 5)))
+    tokens = np.random.default_rng(3).integers(0, 5, (9, 4)).astype(np.int32)
+
+    def output(table, tokens):
+        slopes = jnp.arange(1.0, 21.0)
+        return jnp.vdot(jnp.sin(table[tokens]).ravel(), slopes) + jnp.vdot(jnp.cos(table[:, tokens]).ravel(), slopes)
+
+    factors = ekfac.fit(ekfac.empirical_fisher(output), params, InMemory(tokens), chunk=4, progress=False)
+    gradients = np.asarray(jax.vmap(jax.grad(output), in_axes=(None, 0))(params, tokens))
+    solved = ekfac.inverse(factors, damping=0.5)(jnp.asarray(gradients))
+    np.testing.assert_allclose(solved, gradients / (np.square(gradients).mean(0) + 0.5), rtol=1e-9)
+
+
 @pytest.mark.parametrize("positions", [1, 5, 40])
 def test_factors_in_half_precision_are_summed_in_single(positions):
     """Their own products are exact in single precision; sums in half would stop at some hundreds of examples."""
