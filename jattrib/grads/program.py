@@ -308,10 +308,25 @@ def _scan(scope: _Scope, number: int, atom: Any, view: View, factor: float) -> I
 def _enter(
     scope: _Scope, number: int, jaxpr: Any, step: Step, *, operands: list[Any] | None = None, passes: bool = False
 ) -> _Scope:
-    given = scope.jaxpr.eqns[number].invars if operands is None else operands
+    equation = scope.jaxpr.eqns[number]
+    given = equation.invars if operands is None else operands
     cotangent, example = [scope.depends(operand) for operand in given], [scope.varies(operand) for operand in given]
+    if equation.primitive.name == "scan":
+        cotangent, example = (_carried(equation, inputs) for inputs in (cotangent, example))
     outward = dict(zip(jaxpr.invars, given, strict=True)) if passes else None
     return _Scope(jaxpr, cotangent, example, scope.shape, scope, (*scope.trail, step), outward)
+
+
+def _carried(equation: Any, inputs: list[bool]) -> list[bool]:
+    """Return which inputs of a scan's program depend on something: what it carries may come to, from a start of 0."""
+    jaxpr, first, count = equation.params["jaxpr"].jaxpr, equation.params["num_consts"], equation.params["num_carry"]
+    while True:
+        reached = _reached(jaxpr, inputs)
+        after = [not is_literal(var) and var in reached for var in jaxpr.outvars[:count]]
+        more = [a or b for a, b in zip(inputs[first : first + count], after, strict=True)]
+        if more == inputs[first : first + count]:
+            return inputs
+        inputs = [*inputs[:first], *more, *inputs[first + count :]]
 
 
 def _sum_site(scope: _Scope, atom: Any, view: View, factor: float) -> Site:

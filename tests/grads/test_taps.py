@@ -122,6 +122,15 @@ def recurrent(params, example):
     return total(lax.scan(body, jnp.zeros(D, jnp.float64), example[0])[1])
 
 
+def states_before(params, example):
+    """Outputs are the states before each step, so that the last step's own gradient starts from nothing."""
+
+    def body(h, x):
+        return jnp.tanh(h @ params["w"] + x @ params["u"] + params["b"]), h
+
+    return total(lax.scan(body, jnp.zeros(D, jnp.float64), example[0])[1])
+
+
 def scan_in_scan(params, example):
     def inner(h, w):
         return jnp.tanh(h @ w @ params["shared"]), None
@@ -267,6 +276,9 @@ CASES = {
     ),
     "reverse scan with outputs": Case(scanned_reverse_outputs, {"w": (3, D, D)}, {"w": "dot"}, stack={"w": 3}),
     "recurrent": Case(recurrent, {"w": (D, D), "u": (D, D), "b": (D,)}, {"w": "dot", "u": "dot", "b": "u"}),
+    "recurrent, states before": Case(
+        states_before, {"w": (D, D), "u": (D, D), "b": (D,)}, {"w": "dot", "u": "dot", "b": "u"}
+    ),
     "scan in scan": Case(
         scan_in_scan, {"w": (2, 3, D, D), "shared": (D, D)}, {"w": "dot", "shared": "dot"}, stack={"w": 6}
     ),
