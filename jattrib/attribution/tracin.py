@@ -96,7 +96,8 @@ def adam(state: optax.OptState, *, b2: float = 0.999, eps: float = 1e-8) -> Prec
         eps: ε.
 
     Raises:
-        InvalidInputError: the state holds no second moments, or no step was taken.
+        InvalidInputError: the state holds no second moments, or no step was taken; later, that they are of others than
+            the parameters.
 
     Source: Kingma and Ba 2015, algorithm 1; the running mean of gradients is left out: over all steps it passes on
     each of them whole.
@@ -125,6 +126,17 @@ def _scaled(factor: Float[Array, ""], vectors: Vectors) -> Vectors:
 
 @jax.jit
 def _divided(scales: Params, vectors: Vectors) -> Vectors:
+    has = {name: leaf.shape for name, leaf in tree.to_names(scales).items()}
+    given = {name: leaf.shape[1:] for name, leaf in tree.to_names(vectors).items()}
+    differing = sorted(name for name in has.keys() | given.keys() if has.get(name) != given.get(name))
+    if differing:
+        name = differing[0]
+        raise InvalidInputError(
+            f"second moments of {has.get(name, 'nothing')} at {name!r}, where the parameters have "
+            f"{given.get(name, 'nothing')}",
+            expected="an Adam that trains all of the checkpoint's parameters",
+            remedy="pass the state of this model; where a part is frozen, close over it and pass the trained part",
+        )
     return jax.tree.map(lambda scale, vector: vector / scale[None], scales, vectors)
 
 

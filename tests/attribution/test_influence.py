@@ -359,6 +359,11 @@ def test_bad_checkpoints_are_refused():
         tracin.adam(optax.sgd(0.1).init(params))
     with pytest.raises(InvalidInputError, match=r"after \[0\] steps"):
         tracin.adam(optax.adam(0.1).init(params))
+    frozen = optax.masked(optax.adam(0.1), {"first": True, "last": False})
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = frozen.update(params, frozen.init(params), params)
+    with pytest.raises(InvalidInputError, match=r"second moments of nothing at 'last/bias', where .* have \(3,\)"):
+        run([good._replace(precondition=tracin.adam(state))])
     with pytest.raises(InvalidInputError, match="momentum = 1"):
         tracin.sgd(1.0)
 
