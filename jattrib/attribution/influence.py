@@ -284,8 +284,9 @@ def _find(output: OutputFn, params: Params, source: Source) -> Layers | None:
     except InvalidInputError:
         if not all(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in jax.tree.leaves(params)):
             raise
-        shape = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), jax.eval_shape(output, params, example))
-        if shape != ((), jnp.result_type(jax.tree.leaves(params)[0])):
+        value = jax.eval_shape(output, params, example)
+        number = isinstance(value, jax.ShapeDtypeStruct) and not value.shape
+        if not number or not jnp.issubdtype(value.dtype, jnp.floating):
             raise
         return None
 

@@ -147,6 +147,13 @@ def test_plain_gradients_serve_where_there_are_no_factors():
     x = problems.data()[0][:, 0]
     np.testing.assert_allclose(found, -np.outer(x, [2, 4, 6]) / len(x), rtol=1e-12)
 
+    def mixed(params, example):
+        return jnp.sum(params["half"].astype(jnp.float32) ** 2) * example[0][0].astype(jnp.float32)
+
+    half, units = jnp.array([[1.0, 2.0], [3.0, 4.0]], jnp.bfloat16), jnp.eye(4, dtype=jnp.float32).reshape(4, 2, 2)
+    found = influence.scores(mixed, {"half": half}, problems.source(), {"half": units}, progress=False)
+    np.testing.assert_allclose(found, -np.outer(x, [2, 4, 6, 8]) / len(x), rtol=1e-2)  # gradients are rounded
+
 
 def test_a_layer_that_is_shared_over_time_has_the_products_of_its_gradients():
     """A scan that uses the same matrix at every step, and one of its branches another."""
