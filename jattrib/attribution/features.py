@@ -179,13 +179,7 @@ def _blocks(
     train: Features, directions: Float[Array | np.ndarray, "q k"]
 ) -> Iterator[tuple[int, Float[np.ndarray, "b q"]]]:
     width = train.arrays[NAME][0][0] if isinstance(train, Rows) else train.shape[1]
-    if directions.shape[1] != width:
-        raise InvalidInputError(
-            f"{width} features a training example, {directions.shape[1]} a direction",
-            expected="features of one projection",
-            remedy="make both with the same projector and key",
-        )
-    check_finite(np.asarray(directions), "direction")
+    check_directions(directions, width)
     count, directions = len(train), jnp.asarray(directions)
     if not count:
         raise InvalidInputError("features of 0 examples", expected="one example or more", remedy="check their source")
@@ -195,6 +189,27 @@ def _blocks(
         block = np.asarray(_product(rows, directions)) * (-1 / count)
         check_finite(block, "the row of scores", start)
         yield start, block
+
+
+def check_directions(directions: Float[Array | np.ndarray, "q k"], width: int) -> None:
+    """Refuse directions that are not rows of `width` finite numbers.
+
+    Raises:
+        InvalidInputError: they are not.
+    """
+    if np.ndim(directions) != 2:
+        raise InvalidInputError(
+            f"directions of the shape {list(np.shape(directions))}",
+            expected=f"one row a query, (q, {width})",
+            remedy="of one direction alone, pass `direction[None]`",
+        )
+    if directions.shape[1] != width:
+        raise InvalidInputError(
+            f"{width} features a training example, {directions.shape[1]} a direction",
+            expected="features of one projection",
+            remedy="make both with the same projector and key",
+        )
+    check_finite(np.asarray(directions), "direction")
 
 
 def check_finite(rows: Float[np.ndarray, "q k"], name: str, first: int = 0) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-from jattrib.attribution.features import BLOCK, NAME, Features, check_finite
+from jattrib.attribution.features import BLOCK, NAME, Features, check_directions, check_finite
 from jattrib.attribution.influence import Top
 from jattrib.core import files
 from jattrib.core.errors import InvalidInputError, StoreError
@@ -86,19 +86,14 @@ def search(
     Raises:
         InvalidInputError: directions are of another dimension or not finite, or k or effort is out of range.
     """
-    if directions.shape[1] != index.dim:
-        raise InvalidInputError(
-            f"{index.dim} features a training example, {directions.shape[1]} a direction",
-            expected="features of one projection",
-            remedy="make both with the same projector and key",
-        )
+    check_directions(directions, index.dim)
     if not 1 <= k <= index.rows or effort < 1:
         raise InvalidInputError(
             f"k = {k}, effort = {effort}", expected=f"k from 1 to {index.rows}, and effort from 1", remedy="change it"
         )
     sign = 1.0 if harmful else -1.0
     asked = np.ascontiguousarray(sign * np.asarray(directions), np.float32)
-    check_finite(asked, "direction")
+    check_finite(asked, "direction")  # in single precision, too
     _set_effort(index.searcher, max(effort, k))
     products, indices = index.searcher.search(asked, k)
     if (indices < 0).any():

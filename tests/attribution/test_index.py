@@ -79,11 +79,14 @@ def test_an_index_of_a_store_says_what_it_is_of_and_refuses_others(setting, tmp_
         index.load(tmp_path / "index")
 
 
-def test_bad_input_is_refused(setting, monkeypatch):
+def test_bad_input_is_refused(setting, monkeypatch, shapes_unchecked):
     rows, directions = setting
     built = index.build(rows[:50], factory="Flat")
     with pytest.raises(InvalidInputError, match="16 features a training example, 5 a direction"):
         index.search(built, directions[:, :5], k=1)
+    for refused in (index.search, lambda _, directions, k: features.top(rows, directions, k=k)):
+        with pytest.raises(InvalidInputError, match=r"(?s)directions of the shape \[16\].*direction\[None\]"):
+            refused(built, directions[0], k=1)
     with pytest.raises(InvalidInputError, match="k = 51, effort = 64"):
         index.search(built, directions, k=51)
     with pytest.raises(InvalidInputError, match="factory = 'Pyramid' for 50 rows of 16"):
