@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jattrib.core import stream, tree
@@ -54,7 +55,7 @@ def precondition(
     loss, settings = tree.callable_tree(loss), {"chunk": chunk, "mesh": mesh, "progress": False}
     names, sizes = _layers(params), {}
     for name, leaf in zip(names, jax.tree.leaves(params), strict=True):
-        sizes[name] = sizes.get(name, 0) + leaf.size
+        sizes[name] = sizes.get(name, 0) + np.size(leaf)
     kind = tree.sum_dtype(jnp.result_type(jax.tree.leaves(params)[0]))
     if damping is None:
         zeros = {name: jnp.zeros((), kind) for name in sizes}

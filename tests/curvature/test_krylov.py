@@ -262,6 +262,10 @@ def test_datainf_is_the_mean_of_inverses_layer_by_layer():
     for settings in ({"chunk": 8}, {"chunk": 16, "mesh": meshes.data_mesh()}):
         found = datainf.precondition(problems.loss, problems.params(), problems.source(), vectors, **settings)
         np.testing.assert_allclose(problems.rows(found), wanted, rtol=1e-8)
+    scale = lambda params, example: params["scale"] * example[0][0]  # noqa: E731
+    slopes = problems.data()[0][:, 0]
+    alone = datainf.precondition(scale, {"scale": 2.0}, problems.source(), {"scale": np.ones(1)}, damping=0.5)
+    np.testing.assert_allclose(alone["scale"], [np.mean(1 / (slopes**2 + 0.5))], rtol=1e-8)
     with pytest.raises(InvalidInputError, match=r"a damping of 0 in the layer 'first'"):
         datainf.precondition(problems.loss, problems.params(), problems.source(), vectors, damping=0)
 
