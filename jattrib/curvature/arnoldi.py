@@ -94,6 +94,7 @@ def inverse(subspace: Subspace, *, damping: float | int = 0.0) -> Operator:
     """Return the preconditioner `v ↦ W (Λ + λI)⁻¹ Wᵀ v`: the damped inverse on the subspace, zero across it.
 
     Raises:
+        InvalidInputError: the damping is not finite.
         DivergedError: an eigenvalue and the damping cancel.
 
     Source: Schioppa et al. 2022, section 3, equation 5.
@@ -107,6 +108,7 @@ def projector(subspace: Subspace, *, damping: float | int = 0.0) -> Projector:
     The features of a training set can be kept and queried again; the state is the basis.
 
     Raises:
+        InvalidInputError: the damping is not finite.
         DivergedError: an eigenvalue plus the damping is not positive.
 
     Source: Schioppa et al. 2022, section 3.
@@ -147,6 +149,8 @@ def _orthogonal(
 def _damped(subspace: Subspace, damping: float | int) -> Float[Array, " k"]:
     values = subspace.eigenvalues
     damped = values + jnp.asarray(damping, values.dtype)
+    if not np.isfinite(damping):
+        raise InvalidInputError(f"damping = {damping}", expected="a finite number", remedy="change damping")
     if not (jnp.abs(damped) > jnp.finfo(values.dtype).eps * jnp.abs(values).max()).all():
         raise DivergedError(
             f"an eigenvalue of {float(values[jnp.argmin(jnp.abs(damped))]):.3g} with damping {damping:g}",

@@ -67,11 +67,11 @@ def precondition(
     else:
         ridges = {name: jnp.asarray(damping, kind) for name in sizes}
     for name, ridge in ridges.items():
-        if not float(ridge) > 0:
+        if not 0 < float(ridge) < np.inf:
             raise InvalidInputError(
                 f"a damping of {float(ridge):g} in the layer {name!r}",
-                expected="a positive damping in every layer",
-                remedy="give `damping`: no gradient reaches this layer",
+                expected="a positive, finite damping in every layer",
+                remedy="give such a `damping`: where it is 0, no gradient reaches this layer",
             )
     vectors = jax.tree.map(jnp.asarray, vectors)
     update = jax.tree_util.Partial(_projections, loss, params, ridges, vectors)

@@ -60,16 +60,17 @@ def inverse(
         relative_damping: see there.
 
     Raises:
-        InvalidInputError: a damped leaf is not positive.
+        InvalidInputError: a damped leaf is not positive and finite.
     """
     ridges = jax.tree.map(lambda leaf: relative_damping * jnp.mean(leaf) if damping is None else damping, diagonal)
     damped = jax.tree.map(lambda leaf, ridge: leaf + jnp.asarray(ridge, leaf.dtype), diagonal, ridges)
     for name, leaf in tree.to_names(damped).items():
-        if leaf.size and not float(jnp.min(leaf)) > 0:
+        wrong = ~((leaf > 0) & jnp.isfinite(leaf))
+        if wrong.any():
             raise InvalidInputError(
-                f"a curvature of {float(jnp.min(leaf)):g} at {name!r}",
-                expected="positive numbers",
-                remedy="give a positive `damping`: no gradient reaches some of these parameters",
+                f"a curvature of {float(leaf[wrong][0]):g} at {name!r}",
+                expected="positive, finite numbers",
+                remedy="give a positive, finite `damping`: where it is 0, no gradient reaches some of these parameters",
             )
     return jax.tree_util.Partial(_divide, damped)
 

@@ -206,7 +206,7 @@ def inverse(
             unless told to do this.
 
     Raises:
-        InvalidInputError: damped eigenvalues are not positive.
+        InvalidInputError: damped eigenvalues are not positive and finite.
 
     Source: Grosse et al. 2023, equation 20.
     """
@@ -214,11 +214,12 @@ def inverse(
     def damped(name: str, values: Array, axes: tuple[int, ...]) -> Array:
         ridge = relative_damping * jnp.mean(values, axis=axes, keepdims=True) if damping is None else damping
         total = values + jnp.asarray(ridge, values.dtype)
-        if total.size and not float(jnp.min(total)) > 0:
+        wrong = ~((total > 0) & jnp.isfinite(total))
+        if wrong.any():
             raise InvalidInputError(
-                f"an eigenvalue of {float(jnp.min(total)):g} in the layer {name!r}",
-                expected="positive eigenvalues after damping",
-                remedy="give a positive `damping`: no gradient reaches some of these parameters",
+                f"an eigenvalue of {float(total[wrong][0]):g} in the layer {name!r}",
+                expected="positive, finite eigenvalues after damping",
+                remedy="give a positive, finite `damping`: where it is 0, no gradient reaches some of these parameters",
             )
         return total
 

@@ -247,6 +247,8 @@ def test_bad_input_is_refused():
     factors = ekfac.fit(flat_loss, problems.params(), problems.source(), progress=False)
     with pytest.raises(InvalidInputError, match=r"an eigenvalue of 0 in the layer 'first/kernel'"):
         ekfac.inverse(factors)
+    with pytest.raises(InvalidInputError, match="an eigenvalue of inf in the layer"):
+        ekfac.inverse(factors, damping=np.inf)
     operator, vectors = ekfac.inverse(factors, damping=1), problems.vectors(2)[1]
     with pytest.raises(InvalidInputError, match=r"vectors with the shape \[4, 5\] at 'first/kernel'.*have 2 dim"):
         operator(problems.params())

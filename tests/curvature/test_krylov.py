@@ -310,6 +310,15 @@ def test_curvatures_that_are_not_finite_are_refused():
     ):
         with pytest.raises(DivergedError, match=r"not finite at 'first|a mean eigenvalue of nan"):
             call()
+    whole = diagonal.fisher(problems.loss, params, problems.source(), progress=False)
+    space = arnoldi.Subspace(vectors, jnp.array([1.0, 2.0]), jnp.zeros(2))
+    for refused in (
+        lambda: diagonal.inverse(whole, damping=np.inf),
+        lambda: datainf.precondition(problems.loss, params, problems.source(), vectors, damping=np.inf),
+        lambda: arnoldi.inverse(space, damping=np.inf),
+    ):
+        with pytest.raises(InvalidInputError, match=r"a curvature of inf|a damping of inf|damping = inf"):
+            refused()
     with pytest.raises(InvalidInputError, match="distribution = 'gaussian'"):
         products.random_vectors(jax.random.key(0), params, 2, distribution="gaussian")
 
