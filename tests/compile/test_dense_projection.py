@@ -117,3 +117,14 @@ def test_every_chip_is_among_the_quick_programs():
     assert {program.case for program in some if program.chip == "h200"} == {
         f"{case.name.replace(' ', '-')}{'-transpose' * back}" for case in cases.LARGE for back in (False, True)
     }
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "normal"])
+@pytest.mark.parametrize("back", [False, True])
+def test_one_row_of_half_precision_compiles(back, distribution):
+    """One example's gradient of a leaf that does not fill its last tile."""
+    mesh, case = topology.tpu("v5e"), cases.Case("one row", 1, 1000, 300, "bfloat16", distribution)
+    rows = topology.spec(mesh, (1, 300 if back else 1000), "bfloat16")
+    key = topology.spec(mesh, (2,), jnp.uint32)
+    text = topology.compile_for(mesh, partial(undo if back else forth, case, "pallas_tpu"), rows, key).as_text()
+    assert "dense_projection" in text

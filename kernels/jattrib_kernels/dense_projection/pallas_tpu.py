@@ -94,7 +94,9 @@ def _accumulate(seed, rows, out, r, position, length, contraction, distribution)
     if rest:
         # What a last tile holds beyond the end is undefined.
         left = jnp.where(step < full, part.shape[1], rest)
-        part = jnp.where(lax.broadcasted_iota(jnp.int32, part.shape, 1) < left, part, jnp.zeros_like(part))
+        inside = lax.broadcasted_iota(jnp.int32, part.shape, 1) < left
+        # In float32: Mosaic has no such choice among bfloat16 numbers of three rows or fewer.
+        part = jnp.where(inside, part.astype(jnp.float32), jnp.float32(0)).astype(part.dtype)
     out[...] += _product(part, r[...], contraction)
 
 
