@@ -119,3 +119,11 @@ def test_every_chip_is_among_the_quick_programs():
     assert {program.case for program in some if program.chip == "h200"} == {
         f"{case.name.replace(' ', '-')}{'-transpose' * back}" for case in cases.LARGE for back in (False, True)
     }
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_many_buckets_compile(back):
+    """Tiles of sixteen rows, the fewest, are then larger than what a kernel has of vector memory unless it asks."""
+    mesh, case = topology.tpu("v5e"), cases.Case("many buckets", 16, 300_000, 65_536)
+    function, arguments = alone(case, "pallas_tpu", back, mesh)
+    assert "sketch_projection" in topology.compile_for(mesh, function, *arguments).as_text()

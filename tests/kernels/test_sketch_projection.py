@@ -360,6 +360,7 @@ def test_the_classic_reference_has_the_variance_of_count_sketch():
         ({"block_offset": 2**32}, "`block_offset` is 4294967296"),
         ({"backend": "cuda"}, "backend 'cuda' is not known"),
         ({"backend": "interpret", "dim": 100}, "a multiple of 128"),
+        ({"backend": "interpret", "dim": 2**17, "copies": 4}, "131072 buckets with 4 copies"),
         ({"backend": "interpret", "x": jnp.ones((2, 4), jnp.float16)}, "float32 or bfloat16"),
     ],
 )
@@ -373,3 +374,13 @@ def test_a_backend_asked_for_by_name_is_not_replaced():
     for backend in ("pallas_tpu", "pallas_gpu"):
         with pytest.raises(ValueError, match="interpret mode"):
             sketch_projection(jnp.ones((2, 128)), KEY, 128, backend=backend)
+
+
+@pytest.mark.parametrize(("dim", "copies"), [(100, 1), (2**17, 4)])
+def test_what_the_tpu_kernel_does_not_have_goes_to_the_reference(dim, copies, monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (2, 300))
+    expected = sketch_projection(x, KEY, dim, copies=copies, backend="reference")
+    back = sketch_projection_transpose(expected, KEY, 300, copies=copies, backend="reference")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    np.testing.assert_array_equal(sketch_projection(x, KEY, dim, copies=copies), expected)
+    np.testing.assert_array_equal(sketch_projection_transpose(expected, KEY, 300, copies=copies), back)

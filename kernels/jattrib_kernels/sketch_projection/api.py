@@ -83,7 +83,7 @@ def sketch_projection(
     check_size("dim", dim)
     check_size("copies", copies)
     check_key(key)
-    offset, chosen = offset_word("block_offset", block_offset), _chosen(backend, x.dtype, dim)
+    offset, chosen = offset_word("block_offset", block_offset), _chosen(backend, x.dtype, dim, copies)
     parts = min(cores(x, key, offset), x.size // PART, x.shape[0]) if chosen == "reference" else 1
     if parts > 1:
         return _core_by_core(parts, jnp.asarray(x), key, offset, dim=dim, copies=copies)
@@ -162,7 +162,7 @@ def sketch_projection_transpose(
     check_size("size", size)
     check_size("copies", copies)
     check_key(key)
-    offset, chosen = offset_word("block_offset", block_offset), _chosen(backend, y.dtype, y.shape[1])
+    offset, chosen = offset_word("block_offset", block_offset), _chosen(backend, y.dtype, y.shape[1], copies)
     return _transpose(y.shape[1], size, y.dtype, copies, chosen, y, _streams(key), offset)
 
 
@@ -171,10 +171,14 @@ def _streams(key: jax.Array) -> jax.Array:
     return jnp.stack(fold_in((key[0], key[1]), streams), axis=1)
 
 
-def _chosen(backend: Backend, dtype: jnp.dtype, dim: int) -> Backend:
+def _chosen(backend: Backend, dtype: jnp.dtype, dim: int, copies: int) -> Backend:
     chosen = for_rows(backend, dtype)
-    # The TPU kernel rotates whole registers of 128 lanes; it refuses another dim that it is given by name.
-    return "reference" if backend == "auto" and chosen == "pallas_tpu" and dim % 128 else chosen
+    if backend != "auto" or chosen != "pallas_tpu":
+        return chosen
+    from jattrib_kernels.sketch_projection import pallas_tpu
+
+    # The TPU kernel rotates whole registers of 128 lanes in vector memory; asked for by name, it refuses another dim.
+    return chosen if pallas_tpu.supports(dim, copies) else "reference"
 
 
 # Both maps are linear in their rows, and each is the other's derivative.

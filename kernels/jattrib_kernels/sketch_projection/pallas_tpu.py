@@ -22,11 +22,13 @@ Tile = tuple[int, int]
 
 _LANES = 128
 _BYTES = 1 << 21  # of a tile in float32
+_MEMORY = 48 * 2**20  # of vector memory: the smallest chip that is supported has 64 MiB
 
 
-def supports(dim: int) -> bool:
-    """Return whether the kernel has this number of buckets: whole vector registers."""
-    return dim % _LANES == 0
+def supports(dim: int, copies: int) -> bool:
+    """Return whether the kernel has this number of buckets: whole vector registers, and few enough for its memory."""
+    # Sixteen rows of what is read and of what is written, twice each, and registers for the signs of every copy.
+    return dim % _LANES == 0 and dim * (256 + 64 * copies) <= _MEMORY
 
 
 def project(
@@ -42,10 +44,10 @@ def project(
     """Return the sketch of `x`, as `reference.project`.
 
     Raises:
-        ValueError: dim is not a multiple of 128.
+        ValueError: dim is not a multiple of 128, or too large; see `supports`.
     """
     n, p = x.shape
-    _check(dim)
+    _check(dim, copies)
     rows, group = tile or _tile(n, p, dim)
     steps = pl.cdiv(p, group * dim)
     spec = pltpu.PrefetchScalarGridSpec(
@@ -74,10 +76,10 @@ def transpose(
     """Return the adjoint, as `reference.transpose`.
 
     Raises:
-        ValueError: the number of columns of y is not a multiple of 128.
+        ValueError: the number of columns of y is not a multiple of 128, or too large; see `supports`.
     """
     n, dim = y.shape
-    _check(dim)
+    _check(dim, copies)
     rows, group = tile or _tile(n, size, dim)
     steps = pl.cdiv(size, group * dim)
     spec = pltpu.PrefetchScalarGridSpec(
@@ -185,11 +187,11 @@ def _rotation_spec(copies, group):
     return pl.BlockSpec((1, copies, group), lambda i, s, seed: (s, 0, 0), memory_space=pltpu.SMEM)
 
 
-def _check(dim):
-    if not supports(dim):
+def _check(dim, copies):
+    if not supports(dim, copies):
         raise refuse(
-            f"the TPU kernel was asked for a sketch of {dim} buckets",
-            expected=f"a multiple of {_LANES}",
+            f"the TPU kernel was asked for a sketch of {dim} buckets with {copies} copies",
+            expected=f"a multiple of {_LANES}, and dim · (256 + 64 · copies) at most {_MEMORY}",
             remedy="choose such a dim, or backend='reference'",
         )
 
@@ -208,7 +210,7 @@ def _call(kernel, spec, out, name, interpret):
         grid_spec=spec,
         out_shape=out,
         # Signs carry over from one group to the next: the groups of a tile of rows stay in order.
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_MEMORY),
         interpret=interpret,
         name=name,
     )
