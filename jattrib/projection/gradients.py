@@ -50,7 +50,7 @@ def values_and_of_gradients(
         return projector.apply(state, jax.tree.unflatten(structure, present))[0].astype(features.dtype)
 
     def value(zero: Float[Array, " k"], example: Example) -> Float[Array, ""]:
-        tapped = [_tap(partial(project, i), leaf, zero, state) for i, leaf in enumerate(leaves)]
+        tapped = [_tap(partial(project, i), leaf, zero, state) if leaf.size else leaf for i, leaf in enumerate(leaves)]
         return output(jax.tree.unflatten(structure, tapped), example)
 
     zero = jnp.zeros(features.shape[1], features.dtype)

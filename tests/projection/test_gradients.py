@@ -40,6 +40,20 @@ def test_streaming_equals_projecting_the_gradients(room, key):
     )
 
 
+def with_none(params, example):
+    return output(params, example) + jnp.sum(params["none"])
+
+
+def test_a_leaf_without_an_entry_adds_nothing(key):
+    params, batch = setting(layers=2)
+    projector = sketch.projector(128)
+    expected = of_gradients(output, params, batch, projector=projector, state=projector.init(key, params))
+    params |= {"none": jnp.zeros((0, 3))}
+    state = projector.init(key, params)
+    got = of_gradients(with_none, params, batch, projector=projector, state=state)
+    np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.slow
 def test_checkpoints_go_through_vmap(key):
     params, batch = setting(layers=2)
