@@ -167,7 +167,8 @@ def products(
         gram: `mean_gram(train.gradients)`, where several dampings are to share it.
 
     Raises:
-        InvalidInputError: features are of different dimensions, an entry is not finite, or `damping` is negative.
+        InvalidInputError: features are of different dimensions, weights are not as many as training examples, an entry
+            is not finite, or `damping` is negative.
         DivergedError: the curvature is singular, as it is without damping where n is below k.
     """
     n, k = train.gradients.shape
@@ -175,6 +176,11 @@ def products(
         raise InvalidInputError(
             f"{k} features a training example, {queries.shape[1]} a query",
             expected="features of one projection", remedy="make both with the same projector and key",
+        )  # fmt: skip
+    if train.weights.shape != (n,):
+        raise InvalidInputError(
+            f"features of {n} training examples and weights of shape {train.weights.shape}",
+            expected="one weight a training example", remedy="pass what `features` returned",
         )  # fmt: skip
     check_finite(np.asarray(queries), "query")
     check_finite(np.asarray(train.weights)[:, None], "the weight of training example")
@@ -199,7 +205,18 @@ class Total(NamedTuple):
 
 
 def add(total: Total | None, part: Products) -> Total:
-    """Return the sum with one more checkpoint; None is the empty sum."""
+    """Return the sum with one more checkpoint; None is the empty sum.
+
+    Raises:
+        InvalidInputError: the checkpoint is of other numbers of training examples or queries than those before it.
+    """
+    if total is not None and part.products.shape != total.products.shape:
+        raise InvalidInputError(
+            f"{' and '.join(map(str, part.products.shape))} training examples and queries at checkpoint "
+            f"{total.checkpoints}, {' and '.join(map(str, total.products.shape))} before",
+            expected="the same examples and queries at each checkpoint",
+            remedy="make the features of every checkpoint from the same two sources",
+        )
     weighted = part.products * part.weights[:, None]
     if total is None:
         return Total(part.products, part.weights, weighted, 1)

@@ -238,6 +238,12 @@ def test_bad_features_are_refused(shapes_unchecked):
     for lists in (([few, few], [query]), ([few], [query, query])):
         with pytest.raises(InvalidInputError, match="pass two lists of one length"):
             trak.scores(*lists, relative_damping=0.1)
+    fewer = trak.Features(few.gradients[:4], few.weights[:4])
+    for train, queries in (([few, fewer], [query, query]), ([few, few], [query, query[:1]])):
+        with pytest.raises(InvalidInputError, match="the same examples and queries at each checkpoint"):
+            trak.scores(train, queries, relative_damping=0.1)
+    with pytest.raises(InvalidInputError, match=r"5 training examples and weights of shape \(1,\)"):
+        trak.scores([few._replace(weights=few.weights[:1])], [query], relative_damping=0.1)
     weights = np.array([1, 1, np.inf, 1, 1], np.float32)
     for value, settings in ((np.nan, {"rescale": True}), (np.inf, {"rescale": False})):
         bad = np.where(np.arange(2)[:, None] == 1, np.float32(value), query)
