@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jattrib.core import tree
-from jattrib.core.errors import InvalidInputError
+from jattrib.core.errors import InvalidInputError, check_choice
 from jattrib.core.types import Batch, Key, OutputFn, Params, Projector
 from jattrib.grads import taps
 from jattrib.grads.taps import Layer, Layers, Plain
@@ -97,8 +97,9 @@ def plan(
         backend: of the sketch, and of the projection of plain leaves.
 
     Raises:
-        InvalidInputError: a pattern matches nothing, or a number is below 1.
+        InvalidInputError: a pattern matches nothing, nothing is chosen, a number is below 1, or `sides` is not known.
     """
+    check_choice("sides", sides, get_args(Sides))
     rows, columns = (rank, rank) if isinstance(rank, int) else rank
     leaves.check_dim(min(rows, columns))
     if sketch is not None:
@@ -119,6 +120,12 @@ def plan(
                 if chosen(layer.name))  # fmt: skip
     rest = tuple((leaf, min(rows * columns, math.prod(leaf.shape))) for leaf in layers.plain
                  if chosen(leaf.path) and math.prod(leaf.shape))  # fmt: skip
+    if not own and not rest:
+        raise InvalidInputError(
+            f"select = {select!r}, which chooses no layer with an entry",
+            expected="one layer or leaf at least",
+            remedy="leave `select` out for all of them; `taps.report(layers)` lists them",
+        )
     return Plan(layers, own, rest, sides, sketch, backend)
 
 

@@ -195,6 +195,8 @@ def test_large_plain_leaves_are_projected_to_a_matrix_of_features():
         (lambda layers, s: factored.plan(layers, rank=0), "dim = 0"),
         (lambda layers, s: factored.plan(layers, sketch=0), "dim = 0"),
         (lambda layers, s: factored.plan(layers, select=["kernel"]), "'kernel', which matches no layer"),
+        (lambda layers, s: factored.plan(layers, select=[]), "which chooses no layer"),
+        (lambda layers, s: factored.plan(layers, sides="masks"), r"sides = 'masks'[\s\S]*'mask'"),
         (
             lambda layers, s: factored.projector(factored.plan(layers)).init(jax.random.key(0), {"w": s[1]}),
             "parameters without 'embedding/positions'",
@@ -205,6 +207,6 @@ def test_large_plain_leaves_are_projected_to_a_matrix_of_features():
         ),
     ],
 )
-def test_what_cannot_be_is_refused(call, message, setting):
+def test_what_cannot_be_is_refused(call, message, setting, shapes_unchecked):
     with pytest.raises(InvalidInputError, match=message):
         call(found(setting), setting)
