@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from jattrib.core import tree
@@ -73,8 +74,10 @@ def key_words(key: Key) -> KeyWords:
 
 def check_dim(dim: int) -> None:
     """Refuse a dimension that is no positive integer."""
-    if dim < 1:
-        raise InvalidInputError(f"dim = {dim}", expected="dim >= 1", remedy="512 to 4096 suits most models")
+    if not isinstance(dim, int | np.integer) or dim < 1:
+        raise InvalidInputError(
+            f"dim = {dim!r}", expected="an integer of at least 1", remedy="512 to 4096 suits most models"
+        )
 
 
 def check_copies(copies: int) -> None:

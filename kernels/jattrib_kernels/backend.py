@@ -58,7 +58,7 @@ def check_key(key: jax.Array) -> None:
 
 def check_size(name: str, size: int) -> None:
     """Refuse a size that is no positive integer, or that 32-bit indices do not reach."""
-    if not isinstance(size, int) or not 1 <= size < 2**31:
+    if not isinstance(size, int | np.integer) or not 1 <= size < 2**31:
         raise refuse(
             f"`{name}` is {size!r}",
             expected="an integer with 1 <= size < 2**31",
@@ -66,15 +66,17 @@ def check_size(name: str, size: int) -> None:
         )
 
 
-def offset_word(name: str, offset: jax.Array | int) -> jax.Array | np.uint32:
-    """Return an offset as a uint32 scalar; a Python integer must fit into one.
+def offset_word(name: str, offset: jax.Array | int, *, span: int = 1, end: int = 2**32) -> jax.Array | np.uint32:
+    """Return an offset as a uint32 scalar; of a number that is no array, all that it begins must be before `end`.
 
     Raises:
-        ValueError: the offset is negative, 2**32 or more, or not an integer scalar.
+        ValueError: the offset is negative, `offset + span` is beyond `end`, or it is not an integer scalar.
     """
-    if isinstance(offset, int) and not 0 <= offset < 2**32:
+    if isinstance(offset, int | np.integer) and not 0 <= int(offset) <= end - span:
         raise refuse(
-            f"`{name}` is {offset}", expected="0 <= offset < 2**32", remedy="use a key of its own for the rest"
+            f"`{name}` is {offset}",
+            expected=f"0 <= {name} <= {end - span}, so that no number comes twice",
+            remedy="use a key of its own for the rest",
         )
     if jnp.ndim(offset) != 0 or not jnp.issubdtype(jnp.result_type(offset), jnp.integer):
         raise refuse(
@@ -82,7 +84,7 @@ def offset_word(name: str, offset: jax.Array | int) -> jax.Array | np.uint32:
             expected="an integer scalar",
             remedy="pass one offset a call; vmap over several",
         )
-    return np.uint32(offset) if isinstance(offset, int) else jnp.asarray(offset, jnp.uint32)
+    return np.uint32(offset) if isinstance(offset, int | np.integer) else jnp.asarray(offset, jnp.uint32)
 
 
 def for_rows(backend: Backend, dtype: jnp.dtype) -> Backend:

@@ -281,6 +281,9 @@ def norms_of(x, words):
         ({"dim": 2**31}, r"size < 2\*\*31"),
         ({"block_offset": -1}, "`block_offset` is -1"),
         ({"col_offset": 2**32}, "`col_offset` is 4294967296"),
+        ({"col_offset": np.int64(2**32 - 2)}, "0 <= col_offset <= 4294967293"),
+        ({"block_offset": 2**32 - 1, "x": jnp.ones((2, 65))}, "no number comes twice"),
+        ({"block_offset": 2**27, "distribution": "normal"}, "0 <= block_offset <= 134217727"),
         ({"block_offset": jnp.ones(3, jnp.int32)}, "an integer scalar"),
         ({"distribution": "uniform"}, "one of rademacher, normal"),
         ({"backend": "cuda"}, "backend 'cuda' is not known"),
@@ -291,6 +294,13 @@ def test_errors_name_the_remedy(change, message):
     arguments = {"x": jnp.ones((2, 4)), "key": KEY, "dim": 3} | change
     with pytest.raises(ValueError, match=message):
         dense_projection(**arguments)
+
+
+def test_sizes_and_offsets_may_be_numpys():
+    x, last = jnp.ones((2, 64)), 2**32 - 1
+    expected = dense_projection(x, KEY, 3, block_offset=last, col_offset=7)
+    got = dense_projection(x, KEY, np.int64(3), block_offset=np.int64(last), col_offset=np.int32(7))
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_a_backend_asked_for_by_name_is_not_replaced():

@@ -358,6 +358,8 @@ def test_the_classic_reference_has_the_variance_of_count_sketch():
         ({"dim": 0}, "`dim` is 0"),
         ({"copies": 0}, "`copies` is 0"),
         ({"block_offset": 2**32}, "`block_offset` is 4294967296"),
+        ({"block_offset": np.int64(-1)}, "`block_offset` is -1"),
+        ({"block_offset": 2**32 - 1}, "no number comes twice"),
         ({"backend": "cuda"}, "backend 'cuda' is not known"),
         ({"backend": "interpret", "dim": 100}, "a multiple of 128"),
         ({"backend": "interpret", "dim": 2**17, "copies": 4}, "131072 buckets with 4 copies"),

@@ -140,6 +140,7 @@ def test_equal_arguments_give_the_same_projector_and_no_second_compilation(room)
     ("call", "message"),
     [
         (lambda room: room.projector(0), "dim = 0"),
+        (lambda room: room.projector(8.0), "dim = 8.0"),
         (lambda room: room.projector(512).init(jax.random.key(0), PARAMS), "dim = 512 for 351 parameters"),
         (lambda room: room.projector(512).init(jax.random.key(0), PARAMS), "without a projection"),
         (lambda room: room.projector(8).init(jax.random.key(0, impl="rbg"), PARAMS), "generator rbg"),
@@ -149,7 +150,7 @@ def test_equal_arguments_give_the_same_projector_and_no_second_compilation(room)
         (lambda room: room.projector(8).init(jax.random.key(0), PARAMS | {"step": jnp.zeros(9, jnp.int32)}), "int32"),
     ],
 )
-def test_errors_name_the_remedy(room, call, message):
+def test_errors_name_the_remedy(room, call, message, shapes_unchecked):
     with pytest.raises(InvalidInputError, match=message):
         call(room)
 

@@ -20,7 +20,7 @@ from jattrib_kernels.backend import (
     rowwise,
 )
 from jattrib_kernels.dense_projection import reference
-from jattrib_kernels.dense_projection.reference import Distribution
+from jattrib_kernels.dense_projection.reference import ROWS, Distribution
 from jattrib_kernels.random import Stream, fold_in
 
 
@@ -43,7 +43,8 @@ def dense_projection(
         x: `(n, p)` rows: bfloat16 or float32, summed in float32; other types by the reference alone.
         key: uint32 `(2,)`; may be traced, and batched by `vmap`.
         dim: number of columns of R.
-        block_offset: the row of R that x's first column meets, divided by 64; may be traced.
+        block_offset: the row of R that x's first column meets, divided by 64; may be traced.  R has `2³²` blocks of 64
+            rows of signs, `2²⁷` of normal numbers: beyond, a traced one begins anew.
         col_offset: the column of R that y's first column is; may be traced.
         distribution: `rademacher`, signs, the same bits on every backend; `normal`, the same to rounding.
         backend: `auto`, or an implementation by name, which is then never replaced by another.
@@ -57,7 +58,7 @@ def dense_projection(
     """
     check_rows("x", x)
     check_size("dim", dim)
-    seed = _seed(key, block_offset, col_offset, distribution)
+    seed = _seed(key, block_offset, col_offset, distribution, (x.shape[1], dim))
     return _project(dim, x.shape[1], x.dtype, distribution, for_rows(backend, x.dtype), x, seed)
 
 
@@ -90,11 +91,13 @@ def dense_projection_transpose(
     """
     check_rows("y", y)
     check_size("size", size)
-    seed = _seed(key, block_offset, col_offset, distribution)
+    seed = _seed(key, block_offset, col_offset, distribution, (size, y.shape[1]))
     return _transpose(y.shape[1], size, y.dtype, distribution, for_rows(backend, y.dtype), y, seed)
 
 
-def _seed(key: jax.Array, block_offset: Any, col_offset: Any, distribution: Distribution) -> jax.Array:
+def _seed(
+    key: jax.Array, block_offset: Any, col_offset: Any, distribution: Distribution, shape: tuple[int, int]
+) -> jax.Array:
     check_key(key)
     if distribution not in get_args(Distribution):
         raise refuse(
@@ -104,7 +107,10 @@ def _seed(key: jax.Array, block_offset: Any, col_offset: Any, distribution: Dist
         )
     stream = Stream.DENSE_SIGNS if distribution == "rademacher" else Stream.DENSE_NORMAL
     words = fold_in((key[0], key[1]), int(stream))
-    return jnp.stack([*words, offset_word("block_offset", block_offset), offset_word("col_offset", col_offset)])
+    # A word counts blocks of signs, or pairs of normal numbers.
+    end = 2**32 if distribution == "rademacher" else 2**32 // (ROWS // 2)
+    block = offset_word("block_offset", block_offset, span=-(-shape[0] // ROWS), end=end)
+    return jnp.stack([*words, block, offset_word("col_offset", col_offset, span=shape[1])])
 
 
 # Both maps are linear in their rows, and each is the other's derivative.

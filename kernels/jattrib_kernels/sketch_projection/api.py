@@ -83,7 +83,8 @@ def sketch_projection(
     check_size("dim", dim)
     check_size("copies", copies)
     check_key(key)
-    offset, chosen = offset_word("block_offset", block_offset), _chosen(backend, x.dtype, dim, copies)
+    offset = offset_word("block_offset", block_offset, span=-(-x.shape[1] // dim))
+    chosen = _chosen(backend, x.dtype, dim, copies)
     parts = min(cores(x, key, offset), x.size // PART, x.shape[0]) if chosen == "reference" else 1
     if parts > 1:
         return _core_by_core(parts, jnp.asarray(x), key, offset, dim=dim, copies=copies)
@@ -162,7 +163,8 @@ def sketch_projection_transpose(
     check_size("size", size)
     check_size("copies", copies)
     check_key(key)
-    offset, chosen = offset_word("block_offset", block_offset), _chosen(backend, y.dtype, y.shape[1], copies)
+    offset = offset_word("block_offset", block_offset, span=-(-size // y.shape[1]))
+    chosen = _chosen(backend, y.dtype, y.shape[1], copies)
     return _transpose(y.shape[1], size, y.dtype, copies, chosen, y, _streams(key), offset)
 
 
