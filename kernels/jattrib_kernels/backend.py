@@ -161,15 +161,22 @@ def rowwise(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Give `f(rows, *seeds)`, which works on each row alone, a batching rule of its own.
 
     A batch of rows under one seed is a longer matrix; a batch of seeds is a loop, since one projection already fills
-    the machine.
+    the machine.  No rows are no call.
     """
-    mapped = jax.custom_batching.custom_vmap(f)
+
+    @jax.custom_batching.custom_vmap
+    def mapped(rows, *seeds):
+        if rows.shape[0]:
+            return f(rows, *seeds)
+        one = jax.eval_shape(f, jax.ShapeDtypeStruct((1, rows.shape[1]), rows.dtype), *seeds)
+        return jnp.zeros((0, one.shape[1]), one.dtype)
 
     @mapped.def_vmap
     def rule(axis_size, in_batched, rows, *seeds):
         if not any(in_batched[1:]):
-            out = mapped(rows.reshape(-1, rows.shape[-1]), *seeds)
-            return out.reshape(axis_size, -1, out.shape[-1]), True
+            _, n, size = rows.shape
+            out = mapped(rows.reshape(axis_size * n, size), *seeds)
+            return out.reshape(axis_size, n, out.shape[-1]), True
         args = (rows, *seeds)
 
         def one(i):

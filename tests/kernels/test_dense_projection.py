@@ -303,6 +303,16 @@ def test_sizes_and_offsets_may_be_numpys():
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_give_no_rows(backend):
+    def there_and_back(x):
+        return dense_projection_transpose(dense_projection(x, KEY, 128, backend=backend), KEY, 70, backend=backend)
+
+    assert there_and_back(jnp.ones((0, 70))).shape == (0, 70)
+    assert jax.vmap(there_and_back)(jnp.ones((3, 0, 70))).shape == (3, 0, 70)
+    assert jax.grad(lambda x: there_and_back(x).sum())(jnp.ones((0, 70), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 def test_a_backend_asked_for_by_name_is_not_replaced():
     for backend in ("pallas_tpu", "pallas_gpu"):
         with pytest.raises(ValueError, match="interpret mode"):

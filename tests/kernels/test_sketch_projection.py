@@ -372,6 +372,16 @@ def test_errors_name_the_remedy(change, message):
         sketch_projection(**arguments)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_give_no_rows(backend):
+    def there_and_back(x):
+        return sketch_projection_transpose(sketch_projection(x, KEY, 128, backend=backend), KEY, 70, backend=backend)
+
+    assert there_and_back(jnp.ones((0, 70))).shape == (0, 70)
+    assert jax.vmap(there_and_back)(jnp.ones((3, 0, 70))).shape == (3, 0, 70)
+    assert jax.grad(lambda x: there_and_back(x).sum())(jnp.ones((0, 70), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 def test_a_backend_asked_for_by_name_is_not_replaced():
     for backend in ("pallas_tpu", "pallas_gpu"):
         with pytest.raises(ValueError, match="interpret mode"):
