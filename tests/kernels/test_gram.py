@@ -62,6 +62,13 @@ def test_the_gpu_kernel_makes_the_lower_half(case):
     assert np.abs(np.tril(got - exact) / scale(exact)).max() < 8 * EPS
 
 
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_have_a_gram_matrix_of_zeros(backend, compensated):
+    made = gram(jnp.ones((0, 3)), compensated=compensated, backend=backend)
+    np.testing.assert_array_equal(value(made) if compensated else made, np.zeros((3, 3)))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_of_a_gram_matrix(backend):
     x = features(cases.Case(600, 300))

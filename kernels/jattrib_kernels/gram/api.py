@@ -67,7 +67,7 @@ def product(
         if not compensated:
             return (_whole(reference.product(left, right), symmetric),)
         zero = jnp.zeros((a, b), dtype)
-        pad = ((0, -n % reference.ROWS), (0, 0))
+        pad = ((0, max(ceil_to(n, reference.ROWS), reference.ROWS) - n), (0, 0))
         made = reference.compensated(jnp.pad(left, pad), jnp.pad(right, pad), accumulator or Sum(zero, zero))
         return tuple(_whole(part, symmetric) for part in made)
     kernel = pallas_gpu if chosen == "pallas_gpu" else pallas_tpu
