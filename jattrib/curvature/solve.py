@@ -1,6 +1,7 @@
 """The kernel inverse: `(G + λI)⁻¹ B` for a Gram matrix G, or an error that says why there is none."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +43,11 @@ def solve(
         smallest pivot of the factorisation in the units of G, and whether it is above rounding error.
 
     Raises:
-        InvalidInputError: shapes or dtypes do not match, G is not symmetric or an entry is not finite, λ is negative.
+        InvalidInputError: shapes or dtypes do not match, G is not symmetric or an entry is not finite, λ is negative or
+            no number.
         DivergedError: `G + λI` is not positive definite to working precision, or the relative residual is above 1e-2.
     """
-    _check_shapes(gram, targets)
+    _check_shapes(gram, targets, damping)
     concrete = not any(isinstance(x, Tracer) for x in (gram, targets, damping))
     gram, targets, ridge = jnp.asarray(gram), jnp.asarray(targets), jnp.asarray(damping, gram.dtype)
     if concrete:
@@ -63,11 +65,12 @@ def _solve(gram: Array, targets: Array, damping: Array, refine: int, backend: Ba
     return kernel_inverse(gram, targets, damping=damping, refine=refine, backend=backend)
 
 
-def _check_shapes(gram: Array | np.ndarray, targets: Array | np.ndarray) -> None:
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.dtype not in (jnp.float32, jnp.float64):
+def _check_shapes(gram: Array | np.ndarray, targets: Array | np.ndarray, damping: Any) -> None:
+    square = gram.ndim == 2 and gram.shape[0] == gram.shape[1] > 0
+    if not square or gram.dtype not in (jnp.float32, jnp.float64):
         raise InvalidInputError(
             f"a Gram matrix of shape {gram.shape} and dtype {gram.dtype}",
-            expected="a square matrix (k, k) of float32 or float64",
+            expected="a square matrix (k, k) of float32 or float64, k at least 1",
             remedy="pass ΦᵀΦ of features Φ (n, k), accumulated in float32 or better; vmap over a stack of matrices",
         )
     if targets.ndim not in (1, 2) or targets.shape[0] != gram.shape[0] or targets.dtype != gram.dtype:
@@ -76,6 +79,12 @@ def _check_shapes(gram: Array | np.ndarray, targets: Array | np.ndarray) -> None
             f"{gram.dtype}",
             expected=f"one column ({gram.shape[0]},) or several ({gram.shape[0]}, q), of the Gram matrix's dtype",
             remedy="transpose features (q, k) to columns (k, q), and cast them to the Gram matrix's dtype",
+        )
+    if jnp.ndim(damping):
+        raise InvalidInputError(
+            f"damping of shape {jnp.shape(damping)}",
+            expected="one number",
+            remedy="vmap over several, or add a diagonal to the Gram matrix",
         )
 
 

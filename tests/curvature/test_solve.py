@@ -92,6 +92,8 @@ HOLE = np.array([[1, 0, 0, 0], [0, np.nan, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], n
     ("gram", "targets", "damping", "message"),
     [
         (GRAM[:3], TARGETS, 0.0, r"(?s)shape \(3, 4\).*square.*vmap"),
+        (GRAM[:0, :0], TARGETS[:0], 0.0, r"(?s)shape \(0, 0\).*k at least 1"),
+        (GRAM, TARGETS, np.ones(4), r"(?s)damping of shape \(4,\).*one number"),
         (GRAM.astype(np.float16), TARGETS, 0.0, r"(?s)dtype float16.*float32 or float64"),
         (GRAM, TARGETS.T, 0.0, r"(?s)targets of shape \(2, 4\).*\(4, q\).*transpose"),
         (GRAM, TARGETS.astype(np.float16), 0.0, r"(?s)dtype float16.*cast"),

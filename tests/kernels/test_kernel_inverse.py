@@ -255,11 +255,13 @@ EYE, ONES = np.eye(4, dtype=np.float32), np.ones((4, 2), np.float32)
     ("arguments", "options", "message"),
     [
         ((EYE[:3], ONES), {}, r"(?s)`matrix` has shape \(3, 4\).*square.*vmap"),
+        ((EYE[:0, :0], ONES[:0]), {}, r"(?s)`matrix` has shape \(0, 0\).*one row at least"),
         ((EYE.astype(np.int32), ONES), {}, r"(?s)type int32.*float32 or float64"),
         ((EYE, ONES[:3]), {}, r"(?s)`targets` has shape \(3, 2\).*\(k, q\).*transpose"),
         ((EYE, ONES.astype(np.float16)), {}, r"(?s)type float16.*matrix's type.*cast"),
         ((EYE, ONES), {"damping": -0.5}, r"(?s)`damping` is -0.5.*at least 0"),
         ((EYE, ONES), {"damping": float("nan")}, r"(?s)`damping` is nan.*at least 0"),
+        ((EYE, ONES), {"damping": np.ones(4)}, r"(?s)`damping` has shape \(4,\).*one number.*vmap"),
         ((EYE, ONES), {"refine": -1}, r"(?s)`refine` is -1.*at least 0"),
         ((EYE, ONES), {"backend": "cuda"}, r"backend 'cuda' is not known"),
     ],

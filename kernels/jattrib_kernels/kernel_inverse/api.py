@@ -53,7 +53,8 @@ def factorize(matrix: jax.Array, *, damping: float | jax.Array = 0.0, backend: B
         backend: which implementation runs; one asked for by name never falls back to another.
 
     Raises:
-        ValueError: K is not a square matrix of a supported dtype, λ is negative, or the backend is not known.
+        ValueError: K is not a square matrix of a supported dtype, λ is negative or no number, or the backend is not
+            known.
 
     Source: Golub and Van Loan 2013, "Matrix computations", 4th edition, section 4.2.
     """
@@ -181,12 +182,19 @@ def definite(smallest: jax.Array, largest: jax.Array, k: int) -> jax.Array:
 
 
 def check_matrix(matrix: jax.Array, damping: float | jax.Array) -> None:
-    """Refuse K where it is not a square matrix of float32 or float64, and λ where it is negative."""
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.dtype not in (jnp.float32, jnp.float64):
+    """Refuse K where it is not a square matrix of float32 or float64, and λ where it is no number or negative."""
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] > 0
+    if not square or matrix.dtype not in (jnp.float32, jnp.float64):
         raise refuse(
             f"`matrix` has shape {matrix.shape} and type {matrix.dtype}",
-            expected="a square matrix of float32 or float64",
+            expected="a square matrix of float32 or float64, of one row at least",
             remedy="accumulate Gram matrices in float32 or better; vmap over a stack of matrices",
+        )
+    if jnp.ndim(damping):
+        raise refuse(
+            f"`damping` has shape {jnp.shape(damping)}",
+            expected="one number",
+            remedy="vmap over several, or add a diagonal to the matrix",
         )
     if not isinstance(damping, Tracer) and not damping >= 0:
         raise refuse(f"`damping` is {damping}", expected="a number of at least 0", remedy="add a non-negative damping")
