@@ -24,6 +24,7 @@ def margin(logits: Float[Array, " c"], label: Integer[Array, ""]) -> Float[Array
     """The correct-class margin: `logit_y − log Σ_{c≠y} exp(logit_c)`, which is `log p_y / (1 − p_y)`.
 
     It never goes through the probability, so it is exact where p_y rounds to 0 or 1, and its gradient is finite there.
+    Logits of −∞, those of masked classes, count nothing and have no gradient; where all others are, it is ∞.
 
     Raises:
         InvalidInputError: there are fewer than two classes.
@@ -42,7 +43,9 @@ def margin(logits: Float[Array, " c"], label: Integer[Array, ""]) -> Float[Array
     top = jax.lax.stop_gradient(jnp.max(jnp.where(own, -jnp.inf, logits)))
     relative = logits - jnp.where(jnp.isfinite(top), top, 0)
     others = jnp.sum(jnp.where(own, 0, jnp.exp(jnp.where(own, 0, relative))))
-    return jnp.sum(jnp.where(own, relative, 0)) - jnp.log(others)
+    # Where all others are masked, at −∞, the logarithm is kept off zero, where its gradient is NaN.
+    masked = others == 0
+    return jnp.sum(jnp.where(own, relative, 0)) - jnp.where(masked, -jnp.inf, jnp.log(jnp.where(masked, 1, others)))
 
 
 def correct_probability(logits: Float[Array, " c"], label: Integer[Array, ""]) -> Float[Array, ""]:
@@ -62,7 +65,9 @@ def cross_entropy(logits: Float[Array, " c"], label: Integer[Array, ""]) -> Floa
     Raises:
         InvalidInputError: there are fewer than two classes.
     """
-    return jax.nn.softplus(-margin(logits, label))
+    value = margin(logits, label)
+    # Where all other classes are masked it is infinite, where softplus has a curvature of NaN.
+    return jax.nn.softplus(-jnp.where(value == jnp.inf, jnp.finfo(value.dtype).max, value))
 
 
 def token_losses(logits: Float[Array, "t c"], labels: Integer[Array, " t"]) -> Float[Array, " t"]:

@@ -51,6 +51,30 @@ def test_gradients_agree_with_their_closed_forms(values):
     np.testing.assert_allclose(got, -wrong * expected, rtol=1e-5, atol=1e-38)
 
 
+@pytest.mark.parametrize("masked", [(), (2,), (1, 3), (1, 2, 3)])
+def test_masked_classes_have_no_part_in_margins_losses_and_their_derivatives(masked):
+    values = np.array([0.5, -1.0, 2.0, 0.25], np.float32)
+    kept = np.delete(np.arange(4), masked)
+    logits = jnp.asarray(np.where(np.isin(np.arange(4), kept), values, -np.inf), jnp.float32)
+    batch, labels = jnp.stack([logits, jnp.asarray(values)]), jnp.zeros(2, jnp.int32)
+    for output in (outputs.margin, outputs.cross_entropy):
+        slope, curvature = np.zeros(4), np.zeros((4, 4))
+        if len(kept) > 1:
+            slope[kept] = jax.grad(output)(jnp.asarray(values[kept]), jnp.int32(0))
+            curvature[np.ix_(kept, kept)] = jax.hessian(output)(jnp.asarray(values[kept]), jnp.int32(0))
+            value = output(jnp.asarray(values[kept]), jnp.int32(0))
+        else:
+            slope[0], value = (1, np.inf) if output is outputs.margin else (0, 0)
+        np.testing.assert_allclose(output(logits, jnp.int32(0)), value, rtol=1e-6)
+        np.testing.assert_allclose(jax.grad(output)(logits, jnp.int32(0)), slope, rtol=1e-6)
+        slopes = jax.jit(jax.vmap(jax.grad(output)))(batch, labels)
+        np.testing.assert_allclose(slopes[0], slope, rtol=1e-6)
+        np.testing.assert_allclose(slopes[1], jax.grad(output)(batch[1], jnp.int32(0)), rtol=1e-6)
+        for derivative in (jax.hessian, lambda f: jax.jacrev(jax.grad(f)), lambda f: jax.jacrev(jax.jacfwd(f))):
+            got = jax.jit(jax.vmap(derivative(output)))(batch, labels)[0]
+            np.testing.assert_allclose(got, curvature, rtol=1e-6, atol=1e-7)
+
+
 def test_every_label_and_double_precision(x64):
     logits = jnp.array(np.random.default_rng(0).normal(size=6) * 5)
     for label in range(6):
