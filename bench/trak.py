@@ -79,8 +79,9 @@ def ours(projection: str, batch: int) -> Callable[[], Any]:
     def work() -> Any:
         with tempfile.TemporaryDirectory() as folder:
             rows = store.Rows.create(
-                Path(folder) / "features", arrays=trak.layout(projector), length=EXAMPLES, chunk=EXAMPLES, identity={}
-            )
+                Path(folder) / "features", arrays=trak.layout(projector), length=EXAMPLES, chunk=EXAMPLES,
+                identity={"projection": projection},
+            )  # fmt: skip
             return trak.features(
                 Margin(model.apply, state), params, source, projector=projector, key=key, chunk=batch, into=rows,
                 progress=False,

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jattrib.attribution.features import check_finite
+from jattrib.attribution.features import check, check_finite
 from jattrib.core import stream, tree
-from jattrib.core.errors import InvalidInputError, check_choice
+from jattrib.core.errors import InvalidInputError, StoreError, check_choice
 from jattrib.core.store import Rows
 from jattrib.core.types import Batch, OutputFn, Params, Projector, Source
 from jattrib.curvature.solve import solve
@@ -86,15 +86,19 @@ def features(
         loss: the training loss as a function of f.
         chunk: examples differentiated at once; when left out, as many as `projection.gradients.at_once` says.
         mesh: spreads the examples over its first axis.
-        into: rows on disk (`layout` gives their arrays); chunks that it already holds are not computed again.
+        into: rows on disk (`layout` gives their arrays, `features.identity` says whose they are); chunks that it
+            already holds are not computed again.  An identity of the caller's own making is the caller's to keep.
         progress: whether to show it.
 
     Raises:
         InvalidInputError: a feature is not finite, or the projection does not fit the parameters.
+        StoreError: the store is of other parameters or another projection, or does not say of which.
 
     Source: Park et al. 2023, section 3.2, steps 1 to 3.  The package stores features in half precision
     and scales P by 1/√p; here they are float32 and inner products are unbiased, which scores do not see.
     """
+    if into is not None:
+        _check_identity(into, params, projector=projector, key=key)
     chunk = at_once(params, projector=projector, mesh=mesh) if chunk is None else chunk
     operand = _Operand(tree.callable_tree(output), tree.callable_tree(loss), params, projector.init(key, params))
     rows = stream.map_rows(
@@ -109,6 +113,17 @@ def features(
 def layout(projector: Projector) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Return the arrays of a store for features: `Rows.create(..., arrays=layout(projector))`."""
     return {"gradients": ((projector.dim,), np.float32), "weights": ((), np.float32)}
+
+
+def _check_identity(store: Rows, params: Params, *, projector: Projector, key: Key[Array, ""]) -> None:
+    if not store.identity:
+        raise StoreError(
+            f"{store.path}, whose identity is empty: its rows could be of any checkpoint",
+            expected="a store that says whose rows it keeps",
+            remedy="make it with `identity=attribution.features.identity(params, projector=projector, key=key)`",
+        )
+    if "parameters" in store.identity:
+        check(store, params, projector=projector, key=key)
 
 
 class _Operand(NamedTuple):

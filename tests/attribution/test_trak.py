@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jattrib.attribution import features as kept
 from jattrib.attribution import trak
 from jattrib.core import mesh as meshes
 from jattrib.core import store, stream
@@ -196,9 +197,12 @@ def test_features_resume_from_disk_and_are_verified(problem, tmp_path):
     settings = {"projector": projector, "key": jax.random.key(1), "progress": False, "chunk": 8}
     output, source = Margin(model.apply, state), stream.InMemory(train)
     expected = trak.features(output, params, source, **settings)
+    identity = kept.identity(params, projector=projector, key=settings["key"])
 
     def rows():
-        return store.Rows.create_or_open(tmp_path / "rows", arrays=trak.layout(projector), length=37, chunk=8)
+        return store.Rows.create_or_open(
+            tmp_path / "rows", arrays=trak.layout(projector), length=37, chunk=8, identity=identity
+        )
 
     half = rows()
     half.write(0, {"gradients": expected.gradients[:16] + 1, "weights": expected.weights[:16]})
@@ -211,6 +215,33 @@ def test_features_resume_from_disk_and_are_verified(problem, tmp_path):
     data.write_bytes(content)
     with pytest.raises(StoreError, match="damaged"):
         trak.features(output, params, source, into=rows(), **settings)
+
+
+def test_rows_of_another_checkpoint_or_of_none_are_refused(problem, tmp_path):
+    model, checkpoints, train, _ = problem
+    (params, state), (other, other_state) = checkpoints[:2]
+    projector = sketch.projector(16)
+    settings = {"projector": projector, "key": jax.random.key(1), "progress": False, "chunk": 8}
+    identity = kept.identity(params, projector=projector, key=settings["key"])
+    source = stream.InMemory(train)
+
+    def rows(name, identity=None):
+        return store.Rows.create_or_open(
+            tmp_path / name, arrays=trak.layout(projector), length=37, chunk=8, identity=identity
+        )
+
+    with pytest.raises(StoreError, match=r"anonymous, whose identity is empty(.|\n)*remedy: .*features\.identity\("):
+        trak.features(Margin(model.apply, state), params, source, into=rows("anonymous"), **settings)
+    made = trak.features(Margin(model.apply, state), params, source, into=rows("own", identity), **settings)
+    wanted = trak.features(Margin(model.apply, state), params, source, **settings)
+    np.testing.assert_array_equal(made.gradients, wanted.gradients)
+    with pytest.raises(StoreError, match=r"its parameters is '.*', this run's is"):
+        trak.features(Margin(model.apply, other_state), other, source, into=rows("own", identity), **settings)
+    another = settings | {"key": jax.random.key(2)}
+    with pytest.raises(StoreError, match=r"its projection is '.*', this run's is"):
+        trak.features(Margin(model.apply, state), params, source, into=rows("own", identity), **another)
+    named = trak.features(Margin(model.apply, state), params, source, into=rows("named", {"run": 3}), **settings)
+    np.testing.assert_array_equal(named.gradients, wanted.gradients)
 
 
 def test_a_gradient_that_is_not_finite_names_the_example(problem):
