@@ -79,8 +79,9 @@ class Null(NamedTuple):
 def predict(scores: Num[Array | np.ndarray, "n q"], masks: Bool[Array | np.ndarray, "m n"]) -> Float[np.ndarray, "m q"]:
     """Return `Σ_i S[m, i] τ[i, q]`, the outputs that the scores predict but for a constant, in float64.
 
-    Where a query's predictions differ by no more than rounding, as those of equal scores and subsets do, they are made
-    equal: their order would be chance.
+    Sums are exact but for one last rounding, so that subsets with the same scores have the same prediction, in whatever
+    order these stand.  Where all of a query's predictions differ by no more than rounding they are made equal: their
+    order would be chance.
 
     Raises:
         InvalidInputError: scores and masks are of different numbers of sources.
@@ -95,10 +96,30 @@ def predict(scores: Num[Array | np.ndarray, "n q"], masks: Bool[Array | np.ndarr
     predicted = np.empty((masks.shape[0], scores.shape[1]))
     for start in range(0, scores.shape[1], QUERIES_AT_ONCE):
         block = np.asarray(scores[:, start : start + QUERIES_AT_ONCE], np.float64)
-        totals = weights @ block
+        totals = _exact_product(weights, block)
         rounding = np.finfo(np.float64).eps * np.sqrt(len(block)) * np.abs(block).sum(axis=0)
         predicted[:, start : start + QUERIES_AT_ONCE] = np.where(np.ptp(totals, axis=0) <= rounding, totals[0], totals)
     return predicted
+
+
+def _exact_product(weights: Float[np.ndarray, "m n"], block: Float[np.ndarray, "n q"]) -> Float[np.ndarray, "m q"]:
+    """Return `weights @ block` of weights that are 0 or 1, rounded once.
+
+    Scores are cut in two: multiples of a unit of which no partial sum has more than 2**53, and what is left, in the
+    same way of a smaller unit.  Sums of either are exact; what then remains is below 2**-100 of the sum of all.
+    """
+    with np.errstate(invalid="ignore"):  # of scores that are not finite, which have no sum and no rest
+        high = _multiples(block)
+        low = _multiples(block - high)
+    return weights @ high + weights @ low if low.any() else weights @ high
+
+
+def _multiples(block: Float[np.ndarray, "n q"]) -> Float[np.ndarray, "n q"]:
+    """Return the nearest multiples of a power of two, that for which the absolute values sum to at most 2**52."""
+    total = np.abs(block).sum(axis=0)
+    exponent = np.where(np.isfinite(total), np.frexp(total)[1], 1024)
+    unit = np.ldexp(1.0, np.maximum(exponent - 52, -1074))
+    return np.rint(block / unit) * unit
 
 
 def lds(

@@ -1,3 +1,4 @@
+from fractions import Fraction
 from functools import partial
 
 import jax
@@ -59,6 +60,31 @@ def test_equal_scores_predict_nothing_whatever_their_rounding(key):
     assert len(np.unique(masks.astype(float) @ scores[:, 1])) > 1
     found = lds.lds(lds.predict(scores, masks), random.standard_normal((50, 3)), key=key)
     assert found.constant_queries.tolist() == [1]
+
+
+@pytest.mark.parametrize("low", [0.1, -0.1, 1e-18, 1e-320])
+def test_subsets_with_the_same_scores_have_the_same_prediction(low):
+    random = np.random.default_rng(11)
+    high = 3 * low if low < 1e-300 else 0.3
+    few = random.random((1000, 2)) < 0.5
+    scores = np.where(few, low, high)
+    chosen = np.argsort(random.random((60, 50)), axis=1) < 25
+    masks = np.repeat(chosen, 20, axis=1)
+    predicted = lds.predict(scores, masks)
+    for query in range(2):
+        counts = masks.astype(int) @ few[:, query].astype(int)
+        assert len(np.unique(predicted[:, query])) == len(np.unique(counts))
+        for count in np.unique(counts):
+            exact = float(count * Fraction(low) + (500 - count) * Fraction(high))
+            np.testing.assert_allclose(predicted[counts == count, query], exact, rtol=3e-16)
+
+
+def test_predictions_are_sums_rounded_once():
+    random = np.random.default_rng(12)
+    scores = random.standard_normal((300, 4)) * 10.0 ** random.uniform(-12, 0, (300, 4))
+    masks = random.random((20, 300)) < 0.5
+    exact = [[float(sum(map(Fraction, scores[mask, query]))) for query in range(4)] for mask in masks]
+    np.testing.assert_allclose(lds.predict(scores, masks), exact, rtol=3e-16)
 
 
 def test_bounds(problem, key):
