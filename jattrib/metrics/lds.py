@@ -262,10 +262,17 @@ def noise_ceiling(outputs: Num[Array | np.ndarray, "m s q"]) -> Ceiling:
     """Return the LDS of perfect predictions, `√(s c / (1 + (s − 1) c))`: the reliability of a mean over s seeds.
 
     Raises:
-        InvalidInputError: there are fewer than two seeds or models, an output is not finite, or no query varies.
+        InvalidInputError: there is no axis of seeds, there are fewer than two seeds or models, an output is not finite,
+            or no query varies.
 
     Source: Spearman 1910 and Brown 1910 (reliability), whose root bounds a correlation; √(2c/(1+c)) for two seeds.
     """
+    if np.ndim(outputs) != 3:
+        raise InvalidInputError(
+            f"outputs of the shape {list(np.shape(outputs))}",
+            expected="three axes, [model, seed, query]",
+            remedy="of one query, pass `outputs[:, :, None]`; outputs of one seed show no noise: train a second",
+        )
     seeds = outputs.shape[1]
     if seeds < 2:
         raise InvalidInputError(

@@ -1,3 +1,4 @@
+import re
 from fractions import Fraction
 from functools import partial
 
@@ -179,6 +180,14 @@ def test_ceiling_is_what_perfect_scores_reach(seeds):
     assert ceiling.correlation == pytest.approx(c)
     if seeds == 2:
         assert ceiling.value == pytest.approx(np.sqrt(2 * c / (1 + c)))
+
+
+@pytest.mark.parametrize("shape", [(30, 6), (30,), (30, 3, 6, 1)])
+def test_ceiling_of_outputs_without_an_axis_of_seeds_is_refused(shape, shapes_unchecked):
+    outputs = np.random.default_rng(13).standard_normal(shape)
+    message = f"outputs of the shape {list(shape)}\n  expected: three axes, [model, seed, query]"
+    with pytest.raises(InvalidInputError, match=re.escape(message)):
+        lds.noise_ceiling(outputs)
 
 
 def test_ceiling_of_pure_noise_is_a_number():
