@@ -13,7 +13,7 @@ from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.progress import track
 from jattrib.core.types import Params, Projector
 from jattrib.curvature.krylov import check_finite
-from jattrib.curvature.products import Operator, Vectors
+from jattrib.curvature.products import Operator, Vectors, check_vectors
 
 
 class Subspace(NamedTuple):
@@ -173,6 +173,7 @@ def _coordinates(basis: Vectors, vectors: Vectors) -> Float[Array, "q k"]:
 
 @jax.jit
 def _within(basis: Vectors, factors: Float[Array, " k"], vectors: Vectors) -> Vectors:
+    check_vectors(jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], basis)), vectors)
     along = _coordinates(basis, vectors) * factors[None]
     return jax.tree.map(
         lambda w, v: jnp.tensordot(along, w, axes=1, precision="highest").astype(v.dtype), basis, vectors

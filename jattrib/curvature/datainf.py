@@ -12,7 +12,7 @@ from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Batch, Fold, OutputFn, Params, Source
 from jattrib.curvature import diagonal
 from jattrib.curvature.diagonal import RELATIVE_DAMPING
-from jattrib.curvature.products import Vectors
+from jattrib.curvature.products import Vectors, check_vectors
 from jattrib.grads.per_example import at_once, per_example
 
 Layers = dict[str, Any]
@@ -46,11 +46,12 @@ def precondition(
         mesh: spreads the examples over its first axis.
 
     Raises:
-        InvalidInputError: a layer's damping is not positive.
+        InvalidInputError: a layer's damping is not positive, or vectors are not like the parameters.
         DivergedError: a sum is not finite.
 
     Source: Kwon et al. 2024, equation 5 and section 3.2.
     """
+    check_vectors(params, vectors)
     chunk = at_once(params, mesh=mesh) if chunk is None else chunk
     loss, settings = tree.callable_tree(loss), {"chunk": chunk, "mesh": mesh, "progress": False}
     names, sizes = _layers(params), {}

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, PyTree
 from jattrib.core import stream, tree
 from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.types import Batch, Fold, OutputFn, Params, Source
-from jattrib.curvature.products import Operator, Vectors
+from jattrib.curvature.products import Operator, Vectors, check_vectors
 from jattrib.grads.per_example import at_once, per_example
 
 RELATIVE_DAMPING = 0.1
@@ -102,4 +102,5 @@ def _squares(loss: OutputFn, params: Params, batch: Batch, valid: Bool[Array, " 
 
 @jax.jit
 def _divide(damped: Params, vectors: Vectors) -> Vectors:
+    check_vectors(damped, vectors)
     return jax.tree.map(lambda leaf, v: (v.astype(leaf.dtype) / leaf[None]).astype(v.dtype), damped, vectors)

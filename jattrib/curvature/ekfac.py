@@ -34,7 +34,7 @@ from jattrib.core.types import Batch, Fold, OutputFn, Params, Source
 from jattrib.curvature import diagonal
 from jattrib.curvature.diagonal import RELATIVE_DAMPING
 from jattrib.curvature.labels import Numbered, Observed, Sampled, empirical_fisher, true_fisher
-from jattrib.curvature.products import Operator, Vectors
+from jattrib.curvature.products import Operator, Vectors, check_rows, check_shapes
 from jattrib.grads import taps
 from jattrib.grads.taps import Layer, Layers
 
@@ -361,19 +361,13 @@ def _transposed(vectors: Array | None) -> Array | None:
 
 
 def _check_vectors(layers: Layers, vectors: Vectors) -> None:
-    named, ranks = tree.to_names(vectors), {leaf.path: len(leaf.shape) for leaf in layers.plain}
+    shapes: dict[str, tuple[int | None, ...]] = {leaf.path: leaf.shape for leaf in layers.plain}
     for layer in layers.layers:
-        ranks[layer.path] = len(layer.form.box.starts)
+        shapes[layer.path] = (None,) * len(layer.form.box.starts)
         if layer.bias is not None and layer.bias_form is not None:
-            ranks[layer.bias] = len(layer.bias_form.box.starts)
-    for path, rank in ranks.items():
-        if path not in named or named[path].ndim != rank + 1:
-            found = f"the shape {list(named[path].shape)}" if path in named else "nothing"
-            raise InvalidInputError(
-                f"vectors with {found} at {path!r}, where the parameters have {rank} dimensions",
-                expected="a tree like the parameters, every leaf with a leading axis over vectors",
-                remedy="pass per-example gradients of these parameters; of one vector, `leaf[None]` of its leaves",
-            )
+            shapes[layer.bias] = (None,) * len(layer.bias_form.box.starts)
+    check_shapes(shapes, vectors)
+    check_rows(vectors)
 
 
 @partial(jax.jit, static_argnums=0)

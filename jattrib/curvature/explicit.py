@@ -4,6 +4,8 @@ It is the inverse of the curvature of all examples.  A sum of the inverses of ba
 influence, is another thing: a cosine of .93 to this for batches of 50 in `bench/results/fidelity_dattri.jsonl`.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -11,7 +13,7 @@ from jaxtyping import Array, Float
 from jattrib.core import tree
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Params
-from jattrib.curvature.products import Operator, Vectors
+from jattrib.curvature.products import Operator, Vectors, check_rows
 from jattrib.curvature.solve import solve
 
 LIMIT = 20_000
@@ -62,6 +64,14 @@ def inverse(matrix: Float[Array, "p p"], *, damping: float | int = 0.0) -> Opera
 
 @jax.jit
 def _times(matrix: Float[Array, "p p"], vectors: Vectors) -> Vectors:
+    check_rows(vectors)
+    each = {name: math.prod(leaf.shape[1:]) for name, leaf in tree.to_names(vectors).items()}
+    if sum(each.values()) != len(matrix):
+        raise InvalidInputError(
+            f"vectors of {sum(each.values())} numbers ({', '.join(f'{n} at {name!r}' for name, n in each.items())})",
+            expected=f"{len(matrix)} numbers each, as many as the matrix has rows",
+            remedy="pass a tree like the parameters, every leaf with a leading axis over vectors",
+        )
     _, unravel = tree.ravel(jax.tree.map(lambda leaf: leaf[0], vectors))
     return jax.vmap(unravel)(jnp.matmul(_ravel_rows(vectors), matrix, precision="highest"))
 

@@ -16,7 +16,7 @@ from jattrib.core import tree
 from jattrib.core.errors import DivergedError, InvalidInputError
 from jattrib.core.progress import track
 from jattrib.core.types import Params
-from jattrib.curvature.products import Operator, RandomOperator, Vectors, random_vectors
+from jattrib.curvature.products import Operator, RandomOperator, Vectors, check_rows, random_vectors
 
 MARGIN = 1.2
 """LiSSA's scale over the largest eigenvalue that was met."""
@@ -84,13 +84,14 @@ def conjugate_gradient(
         X, and `Info(residual, iterations, converged)`: a system that is not solved to the tolerance is reported there.
 
     Raises:
-        InvalidInputError: `damping`, `tolerance` or `iterations` will not do.
+        InvalidInputError: `damping`, `tolerance` or `iterations` will not do, or B's leaves share no leading axis.
         DivergedError: a direction has negative curvature, or a number is not finite.
 
     Source: Hestenes and Stiefel 1952; for influence Koh and Liang 2017, section 3.
     """
     _check_settings(damping, tolerance=tolerance, iterations=iterations)
     targets = jax.tree.map(jnp.asarray, targets)
+    check_rows(targets)
     check_finite(_norms(targets), "a right-hand side")
     targets, sizes = _level(targets)  # the squares of small ones would be 0
     ridge, norms = jnp.asarray(damping, _kind(targets)), _norms(targets)
@@ -150,13 +151,14 @@ def lissa(
         X, and `LissaInfo(scale, residual)`.
 
     Raises:
-        InvalidInputError: `damping`, `scale`, `steps` or `repeats` will not do.
+        InvalidInputError: `damping`, `scale`, `steps` or `repeats` will not do, or B's leaves share no leading axis.
         DivergedError: the series grows beyond what any convergent one can.
 
     Source: Agarwal, Bullins and Hazan 2017; Koh and Liang 2017, section 3.  Its scale is measured, not guessed.
     """
     _check_settings(damping, steps=steps, repeats=repeats, scale=1.0 if scale is None else scale)
     targets = jax.tree.map(jnp.asarray, targets)
+    check_rows(targets)
     norms, spectrum, walk = _norms(targets), *jax.random.split(key)
     if scale is None:
         found = largest_eigenvalue(operator, jax.tree.map(lambda leaf: leaf[0], targets), key=spectrum)

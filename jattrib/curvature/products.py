@@ -5,7 +5,7 @@ either over all of a source (`streamed`) or over a random batch of it (`sampled`
 parameters with a leading axis, as per-example gradients are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -150,6 +150,71 @@ def random_vectors(key: Key[Array, ""], like: Params, count: int, *, distributio
     return jax.tree.unflatten(structure, drawn)
 
 
+def check_vectors(like: Params, vectors: Vectors) -> None:
+    """Refuse vectors that are not of a tree like the parameters, with a leading axis.
+
+    Raises:
+        InvalidInputError: they are not; a leaf is named.
+    """
+    shapes = {name: np.shape(leaf) for name, leaf in tree.to_names(like).items()}
+    check_shapes(shapes, vectors)
+    check_rows(vectors)
+    for name, leaf in tree.to_names(vectors).items():
+        if name not in shapes:
+            raise _other_vectors(f"vectors with {_shape(leaf)} at {name!r}, where the parameters have nothing")
+
+
+def check_shapes(shapes: Mapping[str, tuple[int | None, ...]], vectors: Vectors) -> None:
+    """Refuse vectors of which a leaf is not there, or not of the shape that it has among the parameters.
+
+    Args:
+        shapes: by path the shape of a leaf, None where a size is not known.
+        vectors: with a leading axis.
+
+    Raises:
+        InvalidInputError: there is such a leaf; it is named.
+    """
+    named = tree.to_names(vectors)
+    for path, shape in shapes.items():
+        found = np.shape(named[path]) if path in named else None
+        if found is None or len(found) != len(shape) + 1:
+            wanted = f"{len(shape)} dimensions"
+        elif any(size not in (None, other) for size, other in zip(shape, found[1:], strict=True)):
+            wanted = f"the shape {list(shape)}"
+        else:
+            continue
+        has = "nothing" if found is None else _shape(named[path])
+        raise _other_vectors(f"vectors with {has} at {path!r}, where the parameters have {wanted}")
+
+
+def check_rows(vectors: Vectors) -> None:
+    """Refuse vectors whose leaves do not share a leading axis.
+
+    Raises:
+        InvalidInputError: they do not; a leaf is named.
+    """
+    first: tuple[str, int] | None = None
+    for name, leaf in tree.to_names(vectors).items():
+        shape = np.shape(leaf)
+        if not shape:
+            raise _other_vectors(f"vectors with a single number at {name!r}")
+        if first is not None and shape[0] != first[1]:
+            raise _other_vectors(f"{shape[0]} vectors at {name!r}, {first[1]} at {first[0]!r}")
+        first = first or (name, shape[0])
+
+
+def _shape(leaf: Any) -> str:
+    return f"the shape {list(np.shape(leaf))}"
+
+
+def _other_vectors(got: str) -> InvalidInputError:
+    return InvalidInputError(
+        got,
+        expected="a tree like the parameters, every leaf with a leading axis over vectors",
+        remedy="pass per-example gradients of these parameters; of one vector, `leaf[None]` of its leaves",
+    )
+
+
 def _on_batch(product: Product, vectors: Vectors, batch: Batch, valid: Bool[Array, " b"]) -> Vectors:
     return product(vectors, batch, valid)
 
@@ -161,6 +226,8 @@ def _mean_of_batch(product: Product, vectors: Vectors, batch: Batch) -> Vectors:
 
 
 def _hessian(loss: OutputFn, params: Params, vectors: Vectors, batch: Batch, valid: Bool[Array, " b"]) -> Vectors:
+    check_vectors(params, vectors)
+
     def total(params: Params) -> Float[Array, ""]:
         return _sum(jax.vmap(loss, in_axes=(None, 0))(params, batch), valid)
 
@@ -178,6 +245,8 @@ def _ggn(
     batch: Batch,
     valid: Bool[Array, " b"],
 ) -> Vectors:
+    check_vectors(params, vectors)
+
     def forward(params: Params) -> Outputs:
         return jax.vmap(outputs, in_axes=(None, 0))(params, batch)
 
@@ -194,6 +263,8 @@ def _ggn(
 
 
 def _fisher(loss: OutputFn, params: Params, vectors: Vectors, batch: Batch, valid: Bool[Array, " b"]) -> Vectors:
+    check_vectors(params, vectors)
+
     def losses(params: Params) -> Float[Array, " b"]:
         return jax.vmap(loss, in_axes=(None, 0))(params, batch)
 

@@ -326,3 +326,51 @@ def test_curvatures_that_are_not_finite_are_refused():
 def test_too_many_parameters_for_a_matrix_are_refused():
     with pytest.raises(InvalidInputError, match=r"(?s)20001 parameters.*ekfac"):
         explicit.matrix(lambda v: v, jnp.zeros(20_001))
+
+
+def _operators():
+    params, size = problems.params(), tree.size(problems.params())
+    basis = jax.vmap(tree.ravel(params)[1])(jnp.eye(size))
+    space = arnoldi.Subspace(basis, jnp.ones(size), jnp.zeros(size))
+    return {
+        "explicit": explicit.inverse(jnp.eye(size), damping=1),
+        "arnoldi": arnoldi.inverse(space, damping=1),
+        "diagonal": diagonal.inverse(jax.tree.map(jnp.ones_like, params), damping=1),
+        "datainf": functools.partial(datainf.precondition, problems.loss, params, problems.source(), damping=1),
+        "products": products.streamed(products.hessian(problems.loss, params), problems.source()),
+        "conjugate gradients": functools.partial(
+            krylov.conjugate_gradient, products.streamed(product("ggn"), problems.source()), damping=1
+        ),
+        "lissa": functools.partial(
+            krylov.lissa, products.sampled(product("ggn"), problems.source()), key=jax.random.key(0), damping=1
+        ),
+    }
+
+
+BLIND = ("explicit", "conjugate gradients", "lissa")
+"""What is given no parameters."""
+
+
+@pytest.mark.parametrize(
+    "name", ["explicit", "arnoldi", "diagonal", "datainf", "products", "conjugate gradients", "lissa"]
+)
+def test_vectors_of_another_tree_or_of_no_rows_are_refused_by_name(name):
+    operator, params = _operators()[name], problems.params()
+    vectors = problems.vectors(2)[1]
+    with pytest.raises(InvalidInputError) as error:
+        operator(params)
+    known = "vectors with the shape [5] at 'first/bias', where the parameters have 1 dimensions"
+    assert str(error.value).startswith("4 vectors at 'first/kernel', 5 at 'first/bias'" if name in BLIND else known)
+    assert "of one vector, `leaf[None]` of its leaves" in str(error.value)
+    fewer = {"first": vectors["first"], "last": {"bias": vectors["last"]["bias"]}}
+    with pytest.raises(InvalidInputError, match=r"'last/kernel'|vectors of 28 numbers .*3 at 'last/bias'"):
+        operator(fewer)
+    wrong = vectors | {"last": {"bias": vectors["last"]["bias"][:, :2], "kernel": vectors["last"]["kernel"]}}
+    with pytest.raises(InvalidInputError, match=r"\[\d, 2\] at 'last/bias'.*the shape \[3\]|of 42 numbers .*2 at"):
+        operator(wrong)
+    more = vectors | {"extra": jnp.ones((2, 3))}
+    with pytest.raises(InvalidInputError, match=r"\[\d, 3\] at 'extra'.*have nothing|of 46 numbers .*3 at 'extra'"):
+        operator(more)
+    uneven = vectors | {"last": {"bias": vectors["last"]["bias"][:1], "kernel": vectors["last"]["kernel"]}}
+    with pytest.raises(InvalidInputError, match="1 vectors at 'last/bias', 2 at 'first/bias'"):
+        operator(uneven)
