@@ -36,6 +36,7 @@ def fisher(
         progress: whether to show it.
 
     Raises:
+        InvalidInputError: a leaf of the parameters is not floating.
         DivergedError: a sum is not finite.
     """
     chunk = at_once(params, mesh=mesh) if chunk is None else chunk

@@ -1,11 +1,13 @@
 """Per-example gradients: `vmap` of `grad`."""
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jattrib.core import mesh as meshes
 from jattrib.core import tree
+from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Batch, OutputFn, Params
 
 MOST = 256
@@ -13,13 +15,38 @@ MOST = 256
 
 
 def per_example(output: OutputFn, params: Params, batch: Batch) -> Params:
-    """Return `g_i = ∇_θ f(z_i; θ)` for every example: the tree of `params` with a leading axis over the batch."""
+    """Return `g_i = ∇_θ f(z_i; θ)` for every example: the tree of `params` with a leading axis over the batch.
+
+    Raises:
+        InvalidInputError: a leaf of the parameters is not floating.
+    """
+    check_floating(params)
     return jax.vmap(jax.grad(output), in_axes=(None, 0))(params, batch)
 
 
 def values_and_per_example(output: OutputFn, params: Params, batch: Batch) -> tuple[Float[Array, " b"], Params]:
-    """Return the outputs `f(z_i; θ)` and their gradients, from one forward pass."""
+    """Return the outputs `f(z_i; θ)` and their gradients, from one forward pass.
+
+    Raises:
+        InvalidInputError: a leaf of the parameters is not floating.
+    """
+    check_floating(params)
     return jax.vmap(jax.value_and_grad(output), in_axes=(None, 0))(params, batch)
+
+
+def check_floating(params: Params) -> None:
+    """Refuse parameters of which a leaf is not floating: it has no gradient.
+
+    Raises:
+        InvalidInputError: there is one; it is named.
+    """
+    for name, leaf in zip(tree.paths(params), jax.tree.leaves(params), strict=True):
+        if not jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.floating):
+            raise InvalidInputError(
+                f"parameters whose leaf {name!r} is not floating",
+                expected="floating-point leaves, which have gradients",
+                remedy="pass the trainable arrays alone and close over the others",
+            )
 
 
 def at_once(params: Params, *, mesh: Mesh | None = None) -> int:

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from jattrib.core import tree
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Example, OutputFn, Params
 from jattrib.grads import views
+from jattrib.grads.per_example import check_floating
 from jattrib.grads.views import Digit, View
 
 Kind = Literal["dot", "conv", "embedding", "bias", "scale"]
@@ -80,17 +80,17 @@ def trace(output: OutputFn, params: Params, example: Example) -> Program:
     Raises:
         InvalidInputError: a leaf is not floating, or the output is not one.
     """
+    check_floating(params)
     leaves, structure = jax.tree.flatten(params)
-    others = [name for name, leaf in zip(tree.paths(params), leaves, strict=True) if not _is_floating(leaf)]
-    if others or not leaves:
+    if not leaves:
         raise InvalidInputError(
-            f"parameters whose leaf {others[0]!r} is not floating" if others else "parameters without a leaf",
+            "parameters without a leaf",
             expected="floating-point leaves, which have gradients",
             remedy="pass the trainable arrays alone and close over the others",
         )
     shapes, rows = (jax.tree.map(_abstract, each) for each in (leaves, example))
     value = jax.eval_shape(lambda leaves, example: output(structure.unflatten(leaves), example), shapes, rows)
-    if not isinstance(value, jax.ShapeDtypeStruct) or value.shape or not _is_floating(value):
+    if not isinstance(value, jax.ShapeDtypeStruct) or value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
         shown = f"{value.dtype}{list(value.shape)}" if isinstance(value, jax.ShapeDtypeStruct) else str(value)
         raise InvalidInputError(
             f"an output that is {shown}",
@@ -422,7 +422,3 @@ def _abstract(leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf))
-
-
-def _is_floating(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.floating)

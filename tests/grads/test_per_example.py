@@ -3,8 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jattrib.core import mesh as meshes
+from jattrib.core.errors import InvalidInputError
+from jattrib.core.stream import InMemory
+from jattrib.curvature import diagonal
 from jattrib.grads.per_example import at_once, per_example, values_and_per_example
 from jattrib.models.mlp import mlp
 from jattrib.models.outputs import Margin
@@ -38,6 +42,22 @@ def test_each_row_is_the_gradient_of_its_example_alone():
         value, alone = jax.value_and_grad(output)(params, example)
         np.testing.assert_allclose(values[row], value, rtol=1e-5)
         jax.tree.map(lambda g, h, i=row: np.testing.assert_allclose(g[i], h, rtol=1e-4, atol=1e-6), gradients, alone)
+
+
+@pytest.mark.parametrize("count", [3, np.int32(3), jnp.ones(2, jnp.uint8), np.ones(2, bool)], ids=repr)
+def test_a_leaf_that_is_no_floating_number_is_refused_by_name(count):
+    params, batch = {"kernel": jnp.ones(4), "layer": {"count": count}}, (np.ones((6, 4), np.float32),)
+
+    def output(params, example):
+        return jnp.tanh(example[0] @ params["kernel"])
+
+    for make in (
+        lambda: per_example(output, params, batch),
+        lambda: values_and_per_example(output, params, batch),
+        lambda: diagonal.fisher(output, params, InMemory(batch), progress=False),
+    ):
+        with pytest.raises(InvalidInputError, match=r"leaf 'layer/count' is not floating\n.*\n.*close over the others"):
+            make()
 
 
 def test_as_many_at_once_as_the_memory_suits(monkeypatch):
