@@ -43,9 +43,10 @@ def mean(
         confidence: the coverage that is asked for.
 
     Raises:
-        InvalidInputError: there are fewer than two values, one is not finite, or `confidence` is not between 0 and 1.
+        InvalidInputError: there are fewer than two values, or more than one axis of them, one is not finite, or
+            `confidence` is not between 0 and 1.
     """
-    values = _finite(values)
+    values = _finite(values, axes=1)
 
     def statistic(counts: Int[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
         return counts @ values / counts.sum(axis=1)
@@ -60,7 +61,7 @@ def mean_two_way(
 
     The arguments and errors are those of `mean`.
     """
-    values = _finite(values)
+    values = _finite(values, axes=2)
 
     def statistic(rows: Int[np.ndarray, "r m"], columns: Int[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
         sums = np.einsum("rn,rn->r", rows @ values, columns)
@@ -93,9 +94,9 @@ def one_way(
         InvalidInputError: there are fewer than two units, `confidence` is not between 0 and 1, or the statistic is
             undefined on the sample or on more than 5% of the resamples.
     """
+    drawn = counts(generator(key), units, resamples=resamples)
     value = statistic(np.ones((1, units), np.int64))[0]
-    draws = statistic(counts(generator(key), units, resamples=resamples))
-    return percentile(float(value), draws, confidence=confidence, centred=centred)
+    return percentile(float(value), statistic(drawn), confidence=confidence, centred=centred)
 
 
 def two_way(
@@ -178,8 +179,14 @@ def percentile(
     return Interval(value, float(low + shift), float(high + shift))
 
 
-def _finite(values: Num[Array | np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+def _finite(values: Num[Array | np.ndarray, "*shape"], *, axes: int) -> Float[np.ndarray, "*shape"]:
     values = np.asarray(values, np.float64)
+    if values.ndim != axes:
+        raise InvalidInputError(
+            f"values of the shape {list(values.shape)}",
+            expected="one axis over units" if axes == 1 else "a table, of two axes over units",
+            remedy="use `mean` for values of independent units, `mean_two_way` for a table of rows and columns",
+        )
     if not np.isfinite(values).all():
         raise InvalidInputError(
             f"{np.count_nonzero(~np.isfinite(values))} of {values.size} values are not finite",

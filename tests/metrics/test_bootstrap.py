@@ -81,6 +81,19 @@ def test_centred_interval_keeps_its_width_and_loses_the_shift():
     assert centred.low - plain.low == pytest.approx(1 - draws.mean())
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_values_of_other_axes_than_units_are_refused_and_none_are_counted(key):
+    with pytest.raises(InvalidInputError, match=r"shape \[3, 2\]\n  expected: one axis over units\n.*`mean_two_way`"):
+        bootstrap.mean(np.ones((3, 2)), key=key)
+    with pytest.raises(InvalidInputError, match=r"shape \[\]\n"):
+        bootstrap.mean(np.float64(1), key=key)
+    with pytest.raises(InvalidInputError, match=r"shape \[3\]\n  expected: a table, of two axes over units\n"):
+        bootstrap.mean_two_way(np.ones(3), key=key)
+    for none in (lambda: bootstrap.mean(np.ones(0), key=key), lambda: bootstrap.mean_two_way(np.ones((0, 3)), key=key)):
+        with pytest.raises(InvalidInputError, match="1000 resamples of 0 units"):
+            none()
+
+
 def test_refuses_what_has_no_interval(key):
     with pytest.raises(InvalidInputError, match="1000 resamples of 1 units"):
         bootstrap.mean(np.ones(1), key=key)
