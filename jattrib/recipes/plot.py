@@ -107,7 +107,9 @@ def line_with_band(
         colour = SERIES[row % len(SERIES)]
         axes.fill_between(x, bottom, top, color=colour, alpha=0.18, linewidth=0)
         dashed = "--" if row >= len(SERIES) else "-"  # colours come again then
-        axes.plot(x, middle, dashed, color=colour, marker="o", markersize=4.5, label=names[row] if names else None)
+        axes.plot(
+            x, middle, dashed, color=colour, marker="o", markersize=4.5, label=_literal(names[row]) if names else None
+        )
     if names:
         heights = np.concatenate([np.ravel(low), np.ravel(high), list((references or {}).values())])
         _name_ends(axes, x[-1], np.atleast_2d(mean)[:, -1], names, points=180 / max(np.ptp(heights), 1e-30))
@@ -153,32 +155,40 @@ def named_points(
 def scatter_predicted_actual(
     predicted: Float[np.ndarray, " n"], actual: Float[np.ndarray, " n"], *, labels: Labels, note: str = ""
 ) -> Figure:
-    """Draw actual outputs against predicted ones with their least-squares line; `note` stands in a corner."""
+    """Draw actual outputs against predicted ones with their least-squares line; `note` stands in a corner.
+
+    Pairs of which one is not finite are neither drawn nor fitted; infinite ones are told.
+    """
     figure, axes = _figure(labels, height=4.2)
     axes.grid(visible=True)
+    _tell_infinite(axes, np.where(np.isinf(predicted), predicted, actual))
+    finite = np.isfinite(predicted) & np.isfinite(actual)
+    predicted, actual = predicted[finite], actual[finite]
     axes.scatter(predicted, actual, s=22, color=BLUE, alpha=0.65, linewidth=0)
-    if np.ptp(predicted) > 0:
+    if len(predicted) and np.ptp(predicted) > 0:
         slope, intercept = np.polyfit(predicted, actual, 1)
         ends = np.array([predicted.min(), predicted.max()])
         axes.plot(ends, slope * ends + intercept, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
     if note:
-        axes.text(0.02, 0.98, note, transform=axes.transAxes, va="top", color=INK, fontweight="bold")
+        axes.text(0.02, 0.98, _literal(note), transform=axes.transAxes, va="top", color=INK, fontweight="bold")
     return figure
 
 
 def histogram(
     values: Float[np.ndarray, " n"], *, labels: Labels, bins: int = 30, marks: Mapping[str, float] | None = None
 ) -> Figure:
-    """Draw how values are spread, and vertical marks with their names."""
+    """Draw how values are spread, and vertical marks with their names; infinite values are told, not drawn."""
     figure, axes = _figure(labels, height=3.2)
-    axes.hist(values, _edges(values, bins).tolist(), color=BLUE, alpha=0.8, rwidth=0.92)
+    finite = values[np.isfinite(values)]
+    axes.hist(finite, _edges(values, bins).tolist(), color=BLUE, alpha=0.8, rwidth=0.92)
+    _tell_infinite(axes, values)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.margins(y=0.22)
     for row, (name, value) in enumerate((marks or {}).items()):
         axes.axvline(value, color=VERMILION, linewidth=1.4)
         axes.annotate(
-            name, (value, 1), (4, -4 - 12 * row), xycoords=("data", "axes fraction"), textcoords="offset points",
-            va="top", color=VERMILION, fontsize=8.5,
+            _literal(name), (value, 1), (4, -4 - 12 * row), xycoords=("data", "axes fraction"),
+            textcoords="offset points", va="top", color=VERMILION, fontsize=8.5,
         )  # fmt: skip
     return figure
 
@@ -186,21 +196,26 @@ def histogram(
 def overlaid_histograms(
     panels: Sequence[tuple[str, Mapping[str, Float[np.ndarray, " _"]]]], *, labels: Labels, bins: int = 20
 ) -> Figure:
-    """Draw panels side by side, each with a title and named samples over one another, on bins of its own."""
+    """Draw panels side by side, each with a title and named samples over one another, on bins of its own.
+
+    Infinite values are told, not drawn.
+    """
     with rc_context(_STYLE):
         figure = Figure((WIDTH, 2.9), DPI, layout="constrained")
         FigureCanvasAgg(figure)
         for axes, (title, samples) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
             edges = _edges(np.concatenate(list(samples.values())), bins)
             for colour, (name, values) in zip(itertools.cycle(SERIES), samples.items(), strict=False):
-                axes.hist(values, edges, histtype="stepfilled", facecolor=colour, alpha=0.3, label=name)
-                axes.hist(values, edges, histtype="step", color=colour, linewidth=1.2)
-            axes.set_title(title, fontsize=8.5, color=INK)
+                finite, label = values[np.isfinite(values)], _literal(name)
+                axes.hist(finite, edges, histtype="stepfilled", facecolor=colour, alpha=0.3, label=label)
+                axes.hist(finite, edges, histtype="step", color=colour, linewidth=1.2)
+            _tell_infinite(axes, *samples.values())
+            axes.set_title(_literal(title), fontsize=8.5, color=INK)
             axes.tick_params(color=MUTED, labelcolor=MUTED, grid_color=RULE)
             axes.yaxis.set_visible(False)
             axes.spines["left"].set_visible(False)
-        figure.supxlabel(labels.x, fontsize=9, color=MUTED)
-        figure.supylabel(labels.y, fontsize=9, color=MUTED)
+        figure.supxlabel(_literal(labels.x), fontsize=9, color=MUTED)
+        figure.supylabel(_literal(labels.y), fontsize=9, color=MUTED)
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, labelcolor=INK)
     return figure
@@ -265,11 +280,12 @@ def ranked_points(
         rows = order[places]
         spans = [values[rows] - low[rows], high[rows] - values[rows]]
         axes.errorbar(
-            values[rows], places, xerr=spans, fmt="o", color=color, elinewidth=1.4, markersize=5, label=title
+            values[rows], places, xerr=spans, fmt="o", color=color, elinewidth=1.4, markersize=5,
+            label=_literal(title),
         )  # fmt: skip
         free &= ~members
     for name, value in references.items():
-        axes.axvline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label=name)
+        axes.axvline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1, label=_literal(name))
     _name_rows(axes, [names[int(row)] for row in order])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -277,8 +293,8 @@ def ranked_points(
     axes.xaxis.set_minor_locator(NullLocator())
     column = axes.get_yaxis_transform()
     for place, row in enumerate(order):
-        axes.text(1.02, place, notes[1][int(row)], transform=column, va="center", color=INK, fontsize=8.5)
-    axes.text(1.02, -0.9, notes[0], transform=column, va="bottom", color=MUTED, fontsize=8.5)
+        axes.text(1.02, place, _literal(notes[1][int(row)]), transform=column, va="center", color=INK, fontsize=8.5)
+    axes.text(1.02, -0.9, _literal(notes[0]), transform=column, va="bottom", color=MUTED, fontsize=8.5)
     figure.legend(loc="outside upper left", ncols=5, frameon=False, fontsize=8.5, handlelength=1.4)
     return figure
 
@@ -342,19 +358,33 @@ def _figure(labels: Labels, *, height: float) -> tuple[Figure, Axes]:
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         axes.grid(visible=True, axis="y")
-        axes.set(xlabel=labels.x, ylabel=labels.y)
+        axes.set(xlabel=_literal(labels.x), ylabel=_literal(labels.y))
         axes.tick_params(color=MUTED, labelcolor=MUTED, grid_color=RULE)
         if labels.title:
-            figure.suptitle(labels.title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+            figure.suptitle(_literal(labels.title), x=0.01, ha="left", fontsize=10, fontweight="bold")
     return figure, axes
 
 
 def _edges(values: Float[np.ndarray, " n"], bins: int) -> Float[np.ndarray, " edges"]:
-    """Return the edges of bins; values that differ by their rounding alone get those of equal ones."""
-    known = values[~np.isnan(values)]
+    """Return the edges of bins of finite values; those that differ by their rounding alone get those of equal ones."""
+    known = values[np.isfinite(values)]
     if known.size and np.ptp(known) <= 4 * bins * np.spacing(np.abs(known).max()):
         known = known[:1]
     return np.histogram_bin_edges(known.astype(np.float64), bins)
+
+
+def _tell_infinite(axes: Axes, *samples: Float[np.ndarray, " _"]) -> None:
+    count = sum(int(np.isinf(values).sum()) for values in samples)
+    if count:
+        axes.text(
+            0.98, 0.98, f"{count} infinite, not shown", transform=axes.transAxes, ha="right", va="top", color=MUTED,
+            fontsize=8.5,
+        )  # fmt: skip
+
+
+def _literal(text: str) -> str:
+    """Return text that matplotlib shows as it is: between two dollars it would read mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _canvas(height: float, title: str) -> Figure:
@@ -363,7 +393,7 @@ def _canvas(height: float, title: str) -> Figure:
         figure = Figure((WIDTH, height), DPI)
         FigureCanvasAgg(figure)
         if title:
-            figure.text(0.03 / WIDTH, 1 - 0.2 / height, title, fontsize=10, fontweight="bold")
+            figure.text(0.03 / WIDTH, 1 - 0.2 / height, _literal(title), fontsize=10, fontweight="bold")
     return figure
 
 
@@ -375,13 +405,15 @@ def _show(figure: Figure, thumbnail: Thumbnail, place: tuple[float, float, float
         axes = figure.add_axes(((left + 0.03) / WIDTH, 1 - (top + width) / height, inner / WIDTH, inner / height))
         axes.imshow(thumbnail.image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.axis("off")
-        axes.text(0.5, -0.06, thumbnail.caption, transform=axes.transAxes, ha="center", va="top", fontsize=size)
+        axes.text(
+            0.5, -0.06, _literal(thumbnail.caption), transform=axes.transAxes, ha="center", va="top", fontsize=size
+        )
 
 
 def _reference(axes: Axes, name: str, value: float) -> None:
     axes.axhline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1)
     axes.annotate(
-        name, (0, value), (2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=MUTED,
+        _literal(name), (0, value), (2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=MUTED,
         fontsize=8.5,
     )  # fmt: skip
 
@@ -390,7 +422,7 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     """Make the vertical axis one of names, with rules for the values alone."""
     axes.grid(visible=False)
     axes.grid(visible=True, axis="x")
-    axes.set_yticks(np.arange(len(names)), names)
+    axes.set_yticks(np.arange(len(names)), [_literal(name) for name in names])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.spines["left"].set_visible(False)
 
@@ -402,7 +434,9 @@ def _name_points(
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in places.tolist()]
     begins, ends = (float(edge) * 72 / DPI for edge in (axes.bbox.x0, axes.bbox.x1))
     for (x, y), point, name in sorted(zip(places.tolist(), data, names, strict=True), key=lambda item: -item[0][1]):
-        note = axes.annotate(name, point, (0, 0), textcoords="offset points", va="center", color=INK, fontsize=8)
+        note = axes.annotate(
+            _literal(name), point, (0, 0), textcoords="offset points", va="center", color=INK, fontsize=8
+        )
         note.set_in_layout(False)  # or the axes would give way to it, and nothing would lie where it was put
         width = float(note.get_window_extent().width) * 72 / DPI
         rises = sorted((2.0 * step for step in range(-30, 31)), key=abs)
@@ -432,7 +466,7 @@ def _name_ends(axes: Axes, x: float, ends: Float[np.ndarray, " n"], names: Seque
         lifted[upper] = max(lifted[upper], lifted[lower] + 12)
     for row, (name, end, lift) in enumerate(zip(names, ends, lifted - heights, strict=True)):
         colour = SERIES[row % len(SERIES)]
-        axes.annotate(name, (x, end), (8, lift), textcoords="offset points", color=colour, va="center")
+        axes.annotate(_literal(name), (x, end), (8, lift), textcoords="offset points", color=colour, va="center")
 
 
 def _png(figure: Figure) -> bytes:

@@ -7,6 +7,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from PIL import Image
 
 from jattrib.core.errors import StoreError
@@ -154,6 +155,64 @@ def test_histograms_of_values_that_are_equal_to_rounding(values):
     overlaid = plot.overlaid_histograms([("one", {"before": values, "after": values})], labels=LABELS)
     assert sum(bar.get_height() for bar in single.axes[0].patches) == 2
     assert overlaid.axes[0].get_xlim()[0] < values[0] - 0.4
+
+
+INFINITE = np.array([0.0, np.inf, 0.1, 0.9, -np.inf, 1.0, np.nan])
+
+
+def test_infinite_values_are_told_and_not_drawn():
+    single = plot.histogram(INFINITE, labels=LABELS, bins=2).axes[0]
+    assert [patch.get_height() for patch in single.patches] == [2, 2]
+    assert [text.get_text() for text in single.texts] == ["2 infinite, not shown"]
+    figure = plot.overlaid_histograms(
+        [("one", {"before": INFINITE, "after": np.array([2.0])}), ("two", {"none": np.full(3, np.inf)})],
+        labels=LABELS, bins=2,
+    )  # fmt: skip
+    one, two = figure.axes
+    counts = [np.unique(polygon.get_xy()[:, 1]).tolist() for polygon in one.patches]
+    assert counts == [[0, 1, 3], [0, 1, 3], [0, 1], [0, 1]]
+    assert [axes.texts[0].get_text() for axes in (one, two)] == ["2 infinite, not shown", "3 infinite, not shown"]
+    pixels(plot.to_data_uri(figure))
+
+
+def test_a_scatter_with_infinite_values_is_that_of_the_others():
+    actual = np.array([1.0, 5.0, 1.2, 2.8, np.inf, 3.0, 4.0])
+    axes = plot.scatter_predicted_actual(INFINITE, actual, labels=LABELS).axes[0]
+    finite = np.array([0, 2, 3, 5])
+    np.testing.assert_array_equal(axes.collections[0].get_offsets(), np.stack([INFINITE, actual], 1)[finite])
+    np.testing.assert_allclose(axes.get_lines()[0].get_xydata(), [[0, 1], [1, 3]], atol=0.1)
+    assert [text.get_text() for text in axes.texts] == ["2 infinite, not shown"]
+    none = plot.scatter_predicted_actual(np.full(3, np.inf), np.ones(3), labels=LABELS)
+    assert not none.axes[0].get_lines()
+    pixels(plot.to_data_uri(none))
+
+
+def literal():
+    """Every picture, with text that is no mathematics and yet between two dollars."""
+    text, x, every = "$a^$ or $_{$", np.array([1.0, 2.0, 3.0]), np.ones(3, bool)
+    names, labels, marks = [text] * 3, plot.Labels(text, text, text), {text: 2.0}
+    thumb = thumbnail(3, text)
+    return {
+        "lines": plot.line_with_band(x, x, x, x, labels=labels, names=[text], references=marks),
+        "points": plot.named_points(x, x, x, x, names=names, labels=labels, references=marks),
+        "scatter": plot.scatter_predicted_actual(x, x, labels=labels, note=text),
+        "histogram": plot.histogram(x, labels=labels, marks=marks),
+        "overlaid": plot.overlaid_histograms([(text, {text: x})], labels=labels),
+        "bars": plot.bar_with_interval(names, x, x, x, labels=labels),
+        "ranked": plot.ranked_points(
+            names, x, x, x, notes=(text, names), groups={text: every}, references=marks, labels=labels
+        ),
+        "strip": plot.image_strip([thumb], title=text),
+        "grid": plot.attribution_grid([plot.Attribution(thumb, (thumb,), (thumb,))], title=text),
+    }
+
+
+def test_text_between_dollars_is_shown_as_it_is():
+    for name, figure in literal().items():
+        pixels(plot.to_data_uri(figure))
+        shown = [text for text in figure.findobj(Text) if "or" in text.get_text()]
+        assert shown, name
+        assert {text._preprocess_math(text.get_text()) for text in shown} == {("$a^$ or $_{$", False)}, name
 
 
 def test_bars_carry_values_and_intervals_the_first_on_top():
