@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from jattrib.recipes import plot, rundir
@@ -179,14 +180,21 @@ def render(
     )
 
 
-def number(value: float | int | str) -> str:
-    """Return a figure as a reader wants it: three decimals below 10, fewer above, thousands apart, a true minus."""
-    if isinstance(value, str | bool):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}".replace("-", "\N{MINUS SIGN}")
-    decimals = 3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
-    return f"{value:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+def number(value: float | int | str | np.generic) -> str:
+    """Return a figure as a reader wants it: three decimals below 10, fewer above, thousands apart, a true minus.
+
+    What is rounded to zero has no sign.
+
+    >>> number(-0.0004)
+    '0.000'
+    """
+    plain: float | int | str = value.item() if isinstance(value, np.generic) else value
+    if isinstance(plain, str | bool):
+        return str(plain)
+    if isinstance(plain, int):
+        return f"{plain:,}".replace("-", "\N{MINUS SIGN}")
+    decimals = 3 if abs(plain) < 10 else 1 if abs(plain) < 1000 else 0
+    return f"{plain:z,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def duration(seconds: float) -> str:
@@ -252,7 +260,7 @@ def _head(text: str, scope: str, *, numeric: bool = False) -> str:
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float | np.number) and not isinstance(value, bool):
         return f'<td class="number">{number(value)}</td>'
     return f"<td>{escape(str(value))}</td>"
 

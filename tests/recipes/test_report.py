@@ -166,7 +166,9 @@ def test_what_is_empty_leaves_no_heading():
     ("value", "shown"),
     [
         (0.12345, "0.123"), (-0.5, "−0.500"), (12.345, "12.3"), (1234.5, "1,234"), (1234567, "1,234,567"),
-        (-3, "−3"), ("text", "text"), (True, "True"),
+        (-3, "−3"), ("text", "text"), (True, "True"), (np.int64(5), "5"), (np.int32(-1234), "−1,234"),
+        (np.float32(2.5), "2.500"), (np.bool_(True), "True"), (-1e-5, "0.000"), (-0.0, "0.000"), (-0.0006, "−0.001"),
+        (np.float64(-1e-9), "0.000"), (float("-inf"), "−inf"), (np.uint8(7), "7"),
     ],
 )  # fmt: skip
 def test_numbers_are_shown_as_a_reader_wants_them(value, shown):
