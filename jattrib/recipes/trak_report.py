@@ -17,6 +17,9 @@ SHOWN = 12
 NEIGHBOURS = 5
 """Training images shown on either side of a query."""
 
+CHANCE = 0.025
+"""Permuted models that reach the LDS: more of them, and it is no better than chance."""
+
 
 class Results(NamedTuple):
     """What the stages found."""
@@ -191,7 +194,7 @@ def gallery(config: Any, task: Task, scores: Float[np.ndarray, "n q"]) -> tuple[
 def _lead(results: Results) -> str:
     best, found, effect = results.found.by_checkpoints[-1], results.found, results.left_out.effect
     score = f"a linear datamodeling score of {best.mean:.2f} ({best.low:.2f} to {best.high:.2f})"
-    if best.low <= found.null.high:
+    if found.null.p_value > CHANCE:
         verdict = f"no better than chance, with {score}"
     elif best.mean <= found.similarity.mean:
         verdict = (

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from jattrib.recipes import cli
+from jattrib.metrics import counterfactual, lds
+from jattrib.metrics.bootstrap import Interval
+from jattrib.recipes import cli, experiment, trak_report
 from jattrib.recipes import config as configs
 from jattrib.recipes import trak_stages as trak
 from tests.distributed import ROOT, environment
@@ -161,6 +163,20 @@ def test_an_altered_store_is_refused_by_name(tmp_path, capsys):
     assert code != 0
     assert "damaged" in seen
     assert "subsets/margins" in seen.replace(" ", "")
+
+
+@pytest.mark.parametrize(("p_value", "words"), [(0.002, "well"), (0.03, "no better than chance")])
+def test_permuted_models_say_whether_scores_are_better_than_chance(p_value, words):
+    """Intervals of the LDS and of chance that overlap say nothing of it."""
+    best, fall = lds.LDS(0.39, 0.11, 0.62, np.zeros(2), np.zeros(0, int)), Interval(2.0, 1.0, 3.0)
+    found = trak.Found(
+        scores=np.zeros((4, 2), np.float32), counts=(3,), by_checkpoints=(best,), random=Interval(0, -0.1, 0.1),
+        similarity=best._replace(mean=0.2), null=lds.Null(0, 0.1, -0.2, 0.25, p_value),
+        ceiling=lds.Ceiling(0.6, 0.3, np.zeros(0, int)),
+    )  # fmt: skip
+    left_out = experiment.LeftOut(30, 3, counterfactual.Effect(fall, fall, fall, 1.0))
+    lead = trak_report._lead(trak_report.Results(None, None, None, found, None, left_out))
+    assert f"predicts retrained models {words}, with a linear datamodeling score of 0.39" in lead
 
 
 def test_checkpoint_counts_end_with_all():
