@@ -110,17 +110,18 @@ def line_with_band(
         axes.plot(
             x, middle, dashed, color=colour, marker="o", markersize=4.5, label=_literal(names[row]) if names else None
         )
+    levels = np.array(list((references or {}).values()))
+    points = 180 / max(np.ptp(np.concatenate([np.ravel(low), np.ravel(high), levels])), 1e-30)
     if names:
-        heights = np.concatenate([np.ravel(low), np.ravel(high), list((references or {}).values())])
-        _name_ends(axes, x[-1], np.atleast_2d(mean)[:, -1], names, points=180 / max(np.ptp(heights), 1e-30))
+        _name_ends(axes, x[-1], np.atleast_2d(mean)[:, -1], names, points=points)
     if log_x:
         axes.set_xscale("log")
     if len(x) <= 8:
         axes.xaxis.set_major_locator(FixedLocator(x.tolist()))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    for name, value in (references or {}).items():
-        _reference(axes, name, value)
+    for (name, value), lift in zip((references or {}).items(), _lifts(levels, points=points), strict=True):
+        _reference(axes, name, value, lift=lift)
     axes.margins(y=0.1)
     return figure
 
@@ -410,10 +411,10 @@ def _show(figure: Figure, thumbnail: Thumbnail, place: tuple[float, float, float
         )
 
 
-def _reference(axes: Axes, name: str, value: float) -> None:
+def _reference(axes: Axes, name: str, value: float, *, lift: float = 0.0) -> None:
     axes.axhline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1)
     axes.annotate(
-        _literal(name), (0, value), (2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=MUTED,
+        _literal(name), (0, value), (2, 3 + lift), xycoords=("axes fraction", "data"), textcoords="offset points", color=MUTED,
         fontsize=8.5,
     )  # fmt: skip
 
@@ -459,14 +460,19 @@ def _name_points(
 
 
 def _name_ends(axes: Axes, x: float, ends: Float[np.ndarray, " n"], names: Sequence[str], *, points: float) -> None:
-    """Write each line's name at its end, lifted where it would lie on the one below; `points` of type a unit of y."""
-    heights = ends * points
-    lifted = np.array(heights)
-    for lower, upper in itertools.pairwise(np.argsort(ends)):
-        lifted[upper] = max(lifted[upper], lifted[lower] + 12)
-    for row, (name, end, lift) in enumerate(zip(names, ends, lifted - heights, strict=True)):
+    """Write each line's name at its end; `points` of type are a unit of y."""
+    for row, (name, end, lift) in enumerate(zip(names, ends, _lifts(ends, points=points), strict=True)):
         colour = SERIES[row % len(SERIES)]
         axes.annotate(_literal(name), (x, end), (8, lift), textcoords="offset points", color=colour, va="center")
+
+
+def _lifts(places: Float[np.ndarray, " n"], *, points: float) -> Float[np.ndarray, " n"]:
+    """Return by how many points each name is lifted from its place, so as not to lie on the one below."""
+    heights = (places - places.min(initial=np.inf)) * points
+    lifted = np.array(heights)
+    for lower, upper in itertools.pairwise(np.argsort(places)):
+        lifted[upper] = max(lifted[upper], lifted[lower] + 12)
+    return lifted - heights
 
 
 def _png(figure: Figure) -> bytes:

@@ -1,5 +1,6 @@
 import base64
 import io
+import itertools
 import subprocess
 import sys
 
@@ -121,6 +122,16 @@ def test_names_of_lines_do_not_lie_on_one_another():
     apart = np.array([[0.3, 0.9], [0.2, 0.1]])
     figure = plot.line_with_band(X[:2], apart, apart, apart, labels=LABELS, names=("a", "b"))
     assert [text.get_position()[1] for text in figure.axes[0].texts] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("mean", [X / 20, np.full(4, 0.6)])
+def test_names_of_references_do_not_lie_on_one_another(mean):
+    levels = {"ceiling": 0.6, "similarity": 0.59, "again": 0.6, "random": 0.0}
+    figure = plot.line_with_band(X, mean, mean, mean, labels=LABELS, references=levels)
+    figure.canvas.draw()
+    names = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
+    assert len(names) == 4
+    assert all(upper.y0 > lower.y1 for lower, upper in itertools.pairwise(names))
 
 
 def test_one_line_needs_no_name_and_may_be_flat():
