@@ -98,7 +98,8 @@ def check(config: Config) -> None:
     """Refuse numbers of models and checkpoints that do not fit each other, before anything is trained.
 
     Raises:
-        InvalidInputError: they are not as many, do not ascend, or more checkpoints are asked for than there are.
+        InvalidInputError: they are not as many, do not ascend, more checkpoints are asked for than there are, or too
+            few models are held out to choose on, or left to fit.
     """
     method = config.method
     pairs = list(zip(method.models, method.checkpoints_of, strict=False))
@@ -110,6 +111,13 @@ def check(config: Config) -> None:
             expected="ascending numbers of models, 10 or more, and for each a number of checkpoints among them, "
             "at most method.checkpoints and two fewer than the models",
             remedy="give as many checkpoints_of as models, for example models=[100, 300] and checkpoints_of=[10, 20]",
+        )
+    least, held_out = method.models[0], round(method.held_out_fraction * method.models[0])
+    if not 2 <= held_out <= least - 2:
+        raise InvalidInputError(
+            f"method.held_out_fraction = {method.held_out_fraction:g} of {least} models, which is {held_out}",
+            expected="two models or more to choose on, and two or more to fit",
+            remedy=f"set it between {2 / least:.2g} and {1 - 2 / least:.2g}, or train more models",
         )
 
 

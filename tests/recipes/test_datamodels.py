@@ -98,6 +98,16 @@ def test_numbers_that_do_not_fit_are_refused(overrides):
         datamodels_stages.check(config)
 
 
+@pytest.mark.parametrize(("fraction", "count"), [(0.1, 1), (0.95, 10)])
+def test_one_model_to_choose_on_or_to_fit_is_refused(fraction, count):
+    """Correlations over models, by which the threshold is chosen, take two."""
+    models = ["method.models=[10, 30]", "method.checkpoints_of=[3, 5]", f"method.held_out_fraction={fraction}"]
+    _, config = recipes.load(CONFIG, models)
+    with pytest.raises(InvalidInputError, match=rf"{fraction} of 10 models, which is {count}\n.*two models or more"):
+        datamodels_stages.check(config)
+    datamodels_stages.check(recipes.load(CONFIG, [*models, "method.held_out_fraction=0.2"])[1])
+
+
 def test_the_combination_beats_both_where_each_knows_half():
     """A prior that knows some sources' scores and models that tell of the others: ridge with it is above either."""
     from jattrib.attribution import datamodels
