@@ -159,21 +159,38 @@ class Descended(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Refuse numbers that there are not enough test images for, before anything is trained.
+    """Refuse numbers that there are not enough test images for, and test images of another kind.
 
     Raises:
-        InvalidInputError: more are asked for than there are.
+        InvalidInputError: more are asked for than there are, or those that descent is held against do not fit.
     """
-    rooms = (config.data, config.descent.heldout or config.data)
-    count, held = (len(build.load_data(room)[1].labels) for room in rooms)
-    for name, value, most, there in (
-        ("descent.validation", config.descent.validation, held - 1, held),
-        ("method.cost_queries", config.method.cost_queries, count, count),
-    ):
-        if value > most:
-            raise InvalidInputError(
-                f"{name} = {value}", expected=f"at most {most}, with {there} test images", remedy=f"lower {name}"
-            )
+    check_cost(config, config.method)
+    train, _ = build.load_data(config.data)
+    _, held = build.load_data(config.descent.heldout or config.data)
+    if held.inputs.shape[1:] != train.inputs.shape[1:] or held.labels.max() > train.labels.max():
+        raise InvalidInputError(
+            f"descent.heldout with images of {held.inputs.shape[1:]} and {held.labels.max() + 1} classes",
+            expected=f"images of {train.inputs.shape[1:]} and {train.labels.max() + 1} classes, as in the training set",
+            remedy="set descent.heldout.kind to the kind of data, as in descent.heldout.kind=digits",
+        )
+    _check_most("descent.validation", config.descent.validation, len(held.labels) - 1, len(held.labels))
+
+
+def check_cost(config: experiment.Config, method: Method) -> None:
+    """Refuse to measure the cost for more queries than there are.
+
+    Raises:
+        InvalidInputError: it is asked for.
+    """
+    count = len(build.load_data(config.data)[1].labels)
+    _check_most("method.cost_queries", method.cost_queries, count, count)
+
+
+def _check_most(name: str, value: int, most: int, there: int) -> None:
+    if value > most:
+        raise InvalidInputError(
+            f"{name} = {value}", expected=f"at most {most}, with {there} test examples", remedy=f"lower {name}"
+        )
 
 
 def attribute(config: experiment.Config, task: Task, folder: Path, *, fraction: float) -> Found:

@@ -79,5 +79,15 @@ def test_descent_is_what_it_says(finished):
 @pytest.mark.parametrize(("name", "value"), [("descent.validation", 60), ("method.cost_queries", 61)])
 def test_more_than_there_are_test_images_is_refused(name, value):
     _, config = load([f"{name}={value}"])
-    with pytest.raises(InvalidInputError, match=rf"{name} = {value}(?s:.*)with 60 test images"):
+    with pytest.raises(InvalidInputError, match=rf"{name} = {value}(?s:.*)with 60 test examples"):
         magic_stages.check(config)
+
+
+def test_validation_images_that_do_not_fit_the_model_are_refused_before_it_is_trained(tmp_path):
+    recipe, config = load(["data.kind=digits"])
+    with (
+        rundir.opened(tmp_path / "run", config) as opened,
+        pytest.raises(InvalidInputError, match=r"images of \(28, 28, 1\) and 10 classes\n.*images of \(8, 8, 1\)"),
+    ):
+        recipe.run(config, opened)
+    assert not list((tmp_path / "run" / "resume").glob("*/"))
