@@ -46,6 +46,7 @@ class Config(experiment.Config, frozen=True, tag_field="recipe", tag="magic_text
 def run(config: Config, directory: rundir.RunDir) -> None:
     """Differentiate, verify, measure the cost, and write pictures, report and summary."""
     task = experiment.prepare(config, directory)
+    magic_stages.check_cost(config, config.method)
     with rundir.stage(directory, "metagradient") as folder:
         found = magic_stages.attribute(config, task, folder, fraction=config.method.smoothness_fraction)
     truths = tuple(

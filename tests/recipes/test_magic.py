@@ -91,3 +91,18 @@ def test_validation_images_that_do_not_fit_the_model_are_refused_before_it_is_tr
     ):
         recipe.run(config, opened)
     assert not list((tmp_path / "run" / "resume").glob("*/"))
+
+
+def test_the_cost_is_not_measured_for_more_passages_than_there_are(tmp_path):
+    """Their number is in the name of a figure."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Passage {number} of some length, in words." for number in range(60)))
+    file = CONFIG.with_name("magic_text.toml")
+    more = ["data.train_size=40", "evaluation.queries=2", "method.fractions=[0.1]", "method.smoothness_fraction=0.1"]
+    more += ["evaluation.counterfactual_fraction=0.1"]
+    recipe, config = recipes.load(file, ["data.name=file", f"data.path={text}", *more])
+    with (
+        rundir.opened(tmp_path / "run", config) as opened,
+        pytest.raises(InvalidInputError, match=r"method\.cost_queries = 64\n.*at most \d, with \d test examples"),
+    ):
+        recipe.run(config, opened)
