@@ -12,7 +12,7 @@ from jattrib.recipes.comparison_stages import Flips, Measured, References
 from jattrib.recipes.experiment import Task
 
 REMOVED = (0.002, 0.005, 0.01, 0.02, 0.04, 0.1, 0.2)
-"""Parts of the training set at which flipped predictions are counted."""
+"""Parts of the training set at which flipped predictions are counted, and at the largest that is removed."""
 
 
 class Results(NamedTuple):
@@ -90,8 +90,9 @@ def _models_trained(results: Results) -> int:
 
 def _sizes(results: Results) -> dict[float, int]:
     """Return the numbers of removed images at which flipped predictions are counted, by the part that they are."""
-    n, limit = len(results.task.train.labels), results.flips.limit
-    return {part: round(part * n) for part in REMOVED if 1 <= round(part * n) <= limit}
+    n, most = len(results.task.train.labels), results.config.evaluation.counterfactual_fraction
+    sizes = {part: round(part * n) for part in REMOVED if part < most and round(part * n) >= 1}
+    return sizes | {most: results.flips.limit}
 
 
 def _left_out(results: Results) -> str:

@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 
 from jattrib.core.errors import InvalidInputError
+from jattrib.data.vision import Dataset
 from jattrib.recipes import cli, comparison_methods, comparison_report, comparison_stages
 from jattrib.recipes import config as configs
 from jattrib.recipes.comparison_base import Attributor, Config
@@ -136,6 +137,18 @@ def test_cost_counts_models_by_their_part_and_replays_by_their_time():
 
 def test_names_of_parts():
     assert [comparison_report.percent(part) for part in (0.01, 0.002, 0.2)] == ["1pct", "0_2pct", "20pct"]
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(0.001, {0.001: 1}), (0.015, {0.002: 2, 0.005: 5, 0.01: 10, 0.015: 15}), (0.02, {0.02: 20})]
+)
+def test_flips_are_counted_up_to_the_most_that_is_removed(most, sizes):
+    """However little that is: of no size there is no last one."""
+    config = load(f"evaluation.counterfactual_fraction={most}")
+    task = Task(Dataset(np.zeros((1000, 1)), np.zeros(1000, int)), *[None] * 7)
+    flips = comparison_stages.Flips((0,), round(1000 * most), {}, 1)
+    counted = comparison_report._sizes(comparison_report.Results(config, task, (), None, flips))
+    assert list(counted.items())[-len(sizes) :] == list(sizes.items())
 
 
 def test_refuses_what_it_has_not_got():
