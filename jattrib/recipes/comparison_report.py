@@ -96,7 +96,7 @@ def _sizes(results: Results) -> dict[float, int]:
 
 
 def _left_out(results: Results) -> str:
-    return f"{results.config.evaluation.fixed_fraction:.1%}".replace(".0%", "%")
+    return report.percent(results.config.evaluation.fixed_fraction)
 
 
 def _cost_picture(results: Results, *, fixed: bool) -> Drawn:
@@ -180,9 +180,9 @@ def _method(results: Results) -> tuple[str, ...]:
     return (
         f"LDS: mean over {len(results.task.queries.labels)} queries of Spearman's ρ between summed scores and margins "
         "of retrained models; 95% bootstrap intervals over queries and models together. Expected: "
-        f"{evaluation.subsets} random subsets of {evaluation.alpha:.0%}, {evaluation.seeds} seeds each, averaged. One "
-        f"run: {evaluation.fixed_subsets} repetitions of one training run on {n:,} images without a random "
-        f"{_left_out(results)}, initialisation and order unchanged. The two are different quantities.",
+        f"{evaluation.subsets} random subsets of {report.percent(evaluation.alpha)}, {evaluation.seeds} seeds each, "
+        f"averaged. One run: {evaluation.fixed_subsets} repetitions of one training run on {n:,} images without a "
+        f"random {_left_out(results)}, initialisation and order unchanged. The two are different quantities.",
         f"Dampings were chosen on held-out models: {evaluation.held_out_subsets} subsets for the one, "
         f"{evaluation.fixed_held_out_subsets} repetitions for the other. No method sees the models that judge it.",
         "Trainings: a model on a random subset counts as the part of the images that it is trained on, a run on all as "

@@ -178,9 +178,10 @@ def _method(results: Results) -> tuple[str, ...]:
     thresholds = ", ".join(f"{each.threshold:g}" for each in found.scored)
     sources = ", ".join(f"{each.sources:.0f}" for each in found.scored)
     return (
-        f"Models are trained on random {evaluation.alpha:.0%} of {len(task.train.labels):,} images. The LASSO's "
-        f"penalty is chosen for each query on {method.held_out_fraction:.0%} of the models and all are then fitted; "
-        f"it uses {sources} images a query on average. Ridge is chosen by leaving out each model in turn.",
+        f"Models are trained on random {report.percent(evaluation.alpha)} of {len(task.train.labels):,} images. The "
+        f"LASSO's penalty is chosen for each query on {report.percent(method.held_out_fraction)} of the models and all "
+        f"are then fitted; it uses {sources} images a query on average. Ridge is chosen by leaving out each model in "
+        "turn.",
         f"Difference of means: the mean margin of models with an image less that of models without, 0 where it is "
         f"within {thresholds} standard errors; the threshold is chosen on the LASSO's held-out models.",
         f"TRAK has the gradients of {checkpoints} of the models, {method.dim:,} features each; its ridge is chosen on "

@@ -311,8 +311,9 @@ def _method(found: Everything) -> tuple[str, ...]:
         f"floor; the first {method.tuning_oracles} of them are those that everything is chosen on. Identical Gaussians "
         f"score {next(iter(found.measures.values())).bias:.2f} with as many models.",
         f"Every method has {TRIALS} settings, tried on {method.tuned_models} models, and at most "
-        f"{method.compute:.0%} of the compute of one retraining, counted in examples passed forward and backward; the "
-        "short retraining starts anew. The best baseline of the lead is the best on the oracles themselves.",
+        f"{report.percent(method.compute)} of the compute of one retraining, counted in examples passed forward and "
+        "backward; the short retraining starts anew. The best baseline of the lead is the best on the oracles "
+        "themselves.",
         f"Attributions are of {method.subset_models:,} models on random halves, of {method.trak_models} of them for "
         f"TRAK, of {method.influence_models} full models for influence, of {method.replays} of their runs for the "
         f"derivative of training, of {method.mean_models} retrained models for their mean shift, and of "

@@ -164,7 +164,7 @@ def _interval(found: lds.LDS) -> str:
 
 
 def _left_out(results: Results) -> str:
-    return f"{results.config.evaluation.fixed_fraction:.1%}".replace(".0%", "%")
+    return report.percent(results.config.evaluation.fixed_fraction)
 
 
 def _lead(results: Results) -> str:
@@ -196,9 +196,9 @@ def _method(results: Results) -> tuple[str, ...]:
         "empirical Fisher matrix of projected gradients (LoGra).",
         f"LDS: mean over {len(results.task.queries.labels)} queries of Spearman's ρ between summed scores and margins "
         "of retrained models; 95% bootstrap intervals over queries and models together. Expected: "
-        f"{evaluation.subsets} random subsets of {evaluation.alpha:.0%} of {n:,} images, {evaluation.seeds} seeds "
-        f"each, averaged. One run: {evaluation.fixed_subsets} repetitions without a random {_left_out(results)}, "
-        "initialisation and order unchanged.",
+        f"{evaluation.subsets} random subsets of {report.percent(evaluation.alpha)} of {n:,} images, "
+        f"{evaluation.seeds} seeds each, averaged. One run: {evaluation.fixed_subsets} repetitions without a random "
+        f"{_left_out(results)}, initialisation and order unchanged.",
         f"Dampings were chosen on held-out models: {evaluation.held_out_subsets} subsets for the one, "
         f"{evaluation.fixed_held_out_subsets} repetitions for the other. Agreement: mean over queries of Spearman's ρ "
         "with the scores of CG. Seconds: gradients, curvature and scores for all dampings.",

@@ -87,7 +87,7 @@ def _lds_picture(results: Results) -> Drawn:
 
 
 def _left_out(results: Results) -> str:
-    return f"{results.config.method.fraction:.1%}".replace(".0%", "%")
+    return report.percent(results.config.method.fraction)
 
 
 def _prediction_picture(results: Results) -> Drawn:

@@ -102,7 +102,8 @@ def _lds_picture(results: Results) -> Drawn:
         100 * fractions, mean, low, high, labels=plot.Labels("training images left out (%)", "LDS of the one run"),
         names=("MAGIC", "cosine of pixels"), log_x=True,
     )  # fmt: skip
-    points = ", ".join(f"{value:.3f} at {fraction:.0%}" for fraction, value in zip(fractions, mean[0], strict=True))
+    parts = map(report.percent, fractions)
+    points = ", ".join(f"{value:.3f} at {part}" for part, value in zip(parts, mean[0], strict=True))
     return (
         figure,
         f"Linear datamodeling score of one run against the part of the training set that is left out: {points}.",
@@ -124,11 +125,11 @@ def _prediction_picture(results: Results) -> Drawn:
     )  # fmt: skip
     return (
         figure,
-        f"Margin of one query after the run without {fraction:.0%} of the images against the prediction: "
+        f"Margin of one query after the run without {report.percent(fraction)} of the images against the prediction: "
         f"rank correlation {rho:.3f}.",
-        f"Each dot is the same run without another random {fraction:.0%} of the training images: across, its margin of "
-        "today minus the scores of what is left out; up, what training gives. Both axes are nats; nothing is fitted "
-        "but the dashed line. The query is the median by correlation.",
+        f"Each dot is the same run without another random {report.percent(fraction)} of the training images: across, "
+        "its margin of today minus the scores of what is left out; up, what training gives. Both axes are nats; "
+        "nothing is fitted but the dashed line. The query is the median by correlation.",
     )
 
 
@@ -173,16 +174,16 @@ def _accuracy_picture(results: Results) -> Drawn:
 def _lead(results: Results) -> str:
     found, fraction = results.fidelity.fixed[0], results.config.method.fractions[0]
     descent, cost = results.descent, results.cost
-    wrong = f"{results.config.descent.flipped:.0%} wrong labels"
+    wrong = f"{report.percent(results.config.descent.flipped)} wrong labels"
     regained = f"{wrong} took no accuracy."
     if descent.recovered is not None:
         regained = (
             f"Descent on the images' weights brings back {descent.recovered:.0%} of the accuracy that {wrong} took."
         )
     return (
-        f"The scores predict what this very run does without a random {fraction:.0%} of its images with a linear "
-        f"datamodeling score of {found.mean:.3f} ({found.low:.3f} to {found.high:.3f}); {cost.queries} queries cost "
-        f"{cost.metagradient / cost.training:.1f} trainings. {regained}"
+        f"The scores predict what this very run does without a random {report.percent(fraction)} of its images with a "
+        f"linear datamodeling score of {found.mean:.3f} ({found.low:.3f} to {found.high:.3f}); {cost.queries} queries "
+        f"cost {cost.metagradient / cost.training:.1f} trainings. {regained}"
     )
 
 
@@ -190,7 +191,9 @@ def _headlines(results: Results) -> tuple[report.KeyFigure, ...]:
     found, auc = results.fidelity.fixed[0], results.descent.recall.auc
     fraction = results.config.method.fractions[0]
     return (
-        report.KeyFigure(f"LDS, {fraction:.0%} left out", found.mean, found.low, found.high, "seed and order fixed"),
+        report.KeyFigure(
+            f"LDS, {report.percent(fraction)} left out", found.mean, found.low, found.high, "seed and order fixed"
+        ),
         report.KeyFigure("Metasmoothness", results.found.info.metasmoothness, meaning="1 is smooth"),
         report.KeyFigure("Wrong labels found", auc.value, auc.low, auc.high, "area under the curve"),
     )
@@ -199,8 +202,8 @@ def _headlines(results: Results) -> tuple[report.KeyFigure, ...]:
 def _key_figures(results: Results) -> tuple[report.KeyFigure, ...]:
     fidelity, figure = results.fidelity, report.KeyFigure
     fixed = [
-        figure(f"LDS, {fraction:.0%} left out", each.mean, each.low, each.high, "the one run, seed and order fixed")
-        for fraction, each in zip(results.config.method.fractions, fidelity.fixed, strict=True)
+        figure(f"LDS, {report.percent(part)} left out", each.mean, each.low, each.high, "seed and order fixed")
+        for part, each in zip(results.config.method.fractions, fidelity.fixed, strict=True)
     ]
     expected = fidelity.expected
     return (
@@ -233,11 +236,11 @@ def _method(results: Results) -> tuple[str, ...]:
         "and what is left out weighs nothing. Mean over queries of Spearman's ρ, 95% bootstrap intervals over queries "
         "and models together. Nothing was chosen on these models.",
         f"LDS against expected outputs, another quantity: {config.evaluation.subsets} random subsets of "
-        f"{config.evaluation.alpha:.0%}, {config.evaluation.seeds} seeds each.",
+        f"{report.percent(config.evaluation.alpha)}, {config.evaluation.seeds} seeds each.",
         f"Cost: seconds of a metagradient over seconds of the same training, both compiled, on {rundir.device()}.",
-        f"Descent: {descent.flipped:.0%} of the labels are moved to a random other class; {descent.steps} steps along "
-        f"the metagradient of the mean {descent.objective} on {descent.validation:,} validation images, over "
-        f"{descent.runs} short runs, each step of a root mean square of {descent.rate:g}. Accuracies are those of "
+        f"Descent: {report.percent(descent.flipped)} of the labels are moved to a random other class; {descent.steps} "
+        f"steps along the metagradient of the mean {descent.objective} on {descent.validation:,} validation images, "
+        f"over {descent.runs} short runs, each step of a root mean square of {descent.rate:g}. Accuracies are those of "
         f"{descent.training.epochs} epochs at a rate of {descent.training.learning_rate:g}; all settings were chosen "
         "at other seeds.",
     )

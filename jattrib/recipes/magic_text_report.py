@@ -82,10 +82,10 @@ def _prediction_picture(results: Results) -> tuple[plot.Figure, str, str]:
     )  # fmt: skip
     return (
         figure,
-        f"Log-likelihood of one passage after the run without {fraction:.0%} of the passages against the prediction: "
-        f"rank correlation {rho:.3f}.",
-        f"Each dot is the same run without another random {fraction:.0%} of the training passages. Nothing is fitted "
-        "but the dashed line. The passage is the median by correlation.",
+        f"Log-likelihood of one passage after the run without {report.percent(fraction)} of the passages against the "
+        f"prediction: rank correlation {rho:.3f}.",
+        f"Each dot is the same run without another random {report.percent(fraction)} of the training passages. Nothing "
+        "is fitted but the dashed line. The passage is the median by correlation.",
     )
 
 
@@ -133,11 +133,13 @@ def _report(results: Results, pictures: list[report.Picture]) -> report.Report:
     ratio = cost.metagradient / cost.training
     return report.Report(
         title="Which passages taught it to expect this one?",
-        lead=f"The scores predict what this very run does without a random {fraction:.0%} of its "
+        lead=f"The scores predict what this very run does without a random {report.percent(fraction)} of its "
         f"{len(task.train.labels):,} passages with a linear "
         f"datamodeling score of {fixed.mean:.3f} ({fixed.low:.3f} to {fixed.high:.3f}).",
         headlines=(
-            figure(f"LDS, {fraction:.0%} left out", fixed.mean, fixed.low, fixed.high, "seed and order fixed"),
+            figure(
+                f"LDS, {report.percent(fraction)} left out", fixed.mean, fixed.low, fixed.high, "seed and order fixed"
+            ),
             figure("Shared trigrams", found.similarity.mean, found.similarity.low, found.similarity.high, "their LDS"),
             figure("Metasmoothness", info.metasmoothness, meaning="1 is smooth"),
         ),

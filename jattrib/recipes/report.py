@@ -197,6 +197,11 @@ def number(value: float | int | str | np.generic) -> str:
     return f"{plain:z,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
+def percent(part: float) -> str:
+    """Return a part as a reader wants it, in percent: three digits, and none that say nothing."""
+    return f"{100 * part:.3g}%"
+
+
 def duration(seconds: float) -> str:
     """Return seconds as hours, minutes and seconds, the two largest that there are."""
     if seconds < 10:

@@ -257,7 +257,7 @@ def _method(results: Results) -> tuple[str, ...]:
     measured = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in task.measured.items())
     why = f"the fastest of a short measurement ({measured})" if measured else "as the configuration says"
     return (
-        f"{method.checkpoints} checkpoints, each trained on a random {evaluation.alpha:.0%} of "
+        f"{method.checkpoints} checkpoints, each trained on a random {report.percent(evaluation.alpha)} of "
         f"{len(task.train.labels):,} images. The gradients of margins are projected to {method.dim:,} features "
         f"({method.projection}); checkpoints are combined as {method.combination.replace('_', ' ')}.",
         f"LDS: mean over {len(task.queries.labels)} queries of Spearman's ρ between summed scores and expected margins "

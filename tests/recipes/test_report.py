@@ -176,6 +176,13 @@ def test_numbers_are_shown_as_a_reader_wants_them(value, shown):
 
 
 @pytest.mark.parametrize(
+    ("part", "shown"), [(0.01, "1%"), (0.005, "0.5%"), (1e-4, "0.01%"), (0.125, "12.5%"), (0.999, "99.9%")]
+)
+def test_parts_are_shown_in_percent_however_small(part, shown):
+    assert report.percent(part) == shown
+
+
+@pytest.mark.parametrize(
     ("seconds", "shown"),
     [(3.14, "3.1 s"), (59.4, "59 s"), (60.0, "1 min 0 s"), (3599.6, "1 h 0 min"), (5400.0, "1 h 30 min")],
 )
