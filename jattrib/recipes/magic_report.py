@@ -147,8 +147,8 @@ def _weights_picture(results: Results) -> Drawn:
     return (
         figure,
         f"Share of images below each weight, for wrong and for right labels: area under the curve {auc:.3f}.",
-        f"Descent took weight from images with wrong labels, of which it was not told: a wrong one is lighter than a "
-        f"right one with probability {auc:.3f}.",
+        f"Descent was not told which labels are wrong: a wrong one is lighter than a right one with probability "
+        f"{auc:.3f}, where ½ is chance.",
     )
 
 
@@ -177,9 +177,8 @@ def _lead(results: Results) -> str:
     wrong = f"{report.percent(results.config.descent.flipped)} wrong labels"
     regained = f"{wrong} took no accuracy."
     if descent.recovered is not None:
-        regained = (
-            f"Descent on the images' weights brings back {descent.recovered:.0%} of the accuracy that {wrong} took."
-        )
+        part = f"{descent.recovered:.0%}" if descent.recovered > 0 else "none"
+        regained = f"Descent on the images' weights brings back {part} of the accuracy that {wrong} took."
     return (
         f"The scores predict what this very run does without a random {report.percent(fraction)} of its images with a "
         f"linear datamodeling score of {found.mean:.3f} ({found.low:.3f} to {found.high:.3f}); {cost.queries} queries "

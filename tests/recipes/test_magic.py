@@ -8,8 +8,8 @@ import pytest
 
 from jattrib import recipes
 from jattrib.core.errors import InvalidInputError
-from jattrib.metrics import mislabelled
-from jattrib.recipes import experiment, magic_stages, rundir
+from jattrib.metrics import lds, mislabelled
+from jattrib.recipes import experiment, magic_report, magic_stages, rundir
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "attribution" / "magic_fashion_mnist.toml"
@@ -74,6 +74,21 @@ def test_descent_is_what_it_says(finished):
     auc = mislabelled.recall(-descent.weights, wrong, key=task.keys["statistics"]).auc.value
     assert summary["descend_auc"] == pytest.approx(auc)
     assert auc > 0.55  # six epochs on 200 images: little, and more than chance
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "words"), [(0.7, "brings back 50% of the accuracy"), (0.5, "brings back none of the accuracy")]
+)
+def test_descent_that_does_harm_brings_nothing_back(accuracy, words):
+    config = load()[1]
+    found = lds.LDS(0.5, 0.4, 0.6, np.zeros(2), np.zeros(0, int))
+    descent = magic_stages.Descended(
+        flipped=np.zeros(2, bool), weights=np.ones(2), step=0, losses=np.zeros(1), accuracies=np.array([0.6]), cutoff=0,
+        accuracy=accuracy, clean=0.8, recall=None,
+    )  # fmt: skip
+    fidelity = magic_stages.Fidelity((found,), (found,), (0.1,), found, None)
+    results = magic_report.Results(config, None, None, (), fidelity, magic_stages.Cost(1.0, 5.0, 4), descent)
+    assert f"Descent on the images' weights {words} that 20% wrong labels took." in magic_report._lead(results)
 
 
 @pytest.mark.parametrize(("name", "value"), [("descent.validation", 60), ("method.cost_queries", 61)])
