@@ -229,11 +229,15 @@ def bar_with_interval(
     high: Float[np.ndarray, " n"],
     *,
     labels: Labels,
+    strong: int = 0,
 ) -> Figure:
-    """Draw a horizontal bar a name, with interval and value, the first on top; `labels.x` is the values' axis."""
+    """Draw a horizontal bar a name, with interval and value, the first on top; `labels.x` is the values' axis.
+
+    The bar number `strong` is the one that a reader is to look at: it has a colour.
+    """
     figure, axes = _figure(labels, height=1.3 + 0.42 * len(names))
     places = np.arange(len(names))
-    axes.barh(places, values, height=0.62, color=[SERIES[0]] + [MUTED] * (len(names) - 1), alpha=0.85)
+    axes.barh(places, values, height=0.62, color=np.where(places == strong, SERIES[0], MUTED).tolist(), alpha=0.85)
     axes.errorbar(values, places, xerr=[values - low, high - values], fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
     for place, value, bottom, top in zip(places, values, low, high, strict=True):
         right = value >= 0

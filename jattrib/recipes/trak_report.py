@@ -140,7 +140,10 @@ def _ridge_picture(results: Results) -> Drawn:
     choice = results.choice
     values = np.array(choice.held_out)
     names = [f"{damping:g} × mean eigenvalue" for damping in choice.dampings]
-    figure = plot.bar_with_interval(names, values, values, values, labels=plot.Labels("LDS on held-out models", ""))
+    figure = plot.bar_with_interval(
+        names, values, values, values, labels=plot.Labels("LDS on held-out models", ""),
+        strong=choice.dampings.index(choice.best),
+    )  # fmt: skip
     return (
         figure,
         "LDS on held-out models for each ridge: "
@@ -240,7 +243,9 @@ def _key_figures(results: Results) -> tuple[report.KeyFigure, ...]:
             "LDS, models permuted", found.null.mean, found.null.low, found.null.high, "chance, all queries together"
         ),
         figure("Seed-to-seed correlation", found.ceiling.correlation, meaning="of which the noise ceiling is made"),
-        figure("Ridge", results.choice.best, meaning="in units of the mean eigenvalue; chosen on held-out models"),
+        figure(
+            "Ridge", f"{results.choice.best:g}", meaning="in units of the mean eigenvalue; chosen on held-out models"
+        ),
         figure("Queries that got worse", results.left_out.effect.fraction, meaning="more than without random images"),
         figure(
             "Constant queries",

@@ -241,6 +241,14 @@ def test_bars_carry_values_and_intervals_the_first_on_top():
     assert bottom > top
 
 
+def test_one_bar_has_a_colour():
+    ones = np.ones(3)
+    for strong in range(3):
+        (axes,) = plot.bar_with_interval(["a", "b", "c"], ones, ones, ones, labels=LABELS, strong=strong).axes
+        colours = [to_rgb(patch.get_facecolor()[:3]) for patch in axes.patches]
+        assert [place for place, colour in enumerate(colours) if colour == to_rgb(plot.BLUE)] == [strong]
+
+
 def test_ranked_points_stand_in_order_with_their_notes():
     values, groups = np.array([3.0, 1.0, 2.0]), {"ours": np.array([False, True, True]), "others": np.ones(3, bool)}
     figure = plot.ranked_points(

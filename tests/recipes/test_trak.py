@@ -179,6 +179,14 @@ def test_permuted_models_say_whether_scores_are_better_than_chance(p_value, word
     assert f"predicts retrained models {words}, with a linear datamodeling score of 0.39" in lead
 
 
+def test_the_ridge_that_was_chosen_is_the_bar_in_colour():
+    choice = trak.Choice((0.03, 0.1, 0.3), (0.2, 0.4, 0.3), 0.1)
+    figure, _, caption = trak_report._ridge_picture(trak_report.Results(None, None, choice, None, None, None))
+    colours = [patch.get_facecolor() for patch in figure.axes[0].patches]
+    assert colours[0] == colours[2] != colours[1]
+    assert caption.startswith("The ridge (0.1 × the mean eigenvalue)")
+
+
 def test_checkpoint_counts_end_with_all():
     assert trak.checkpoint_counts(20) == (1, 2, 5, 10, 20)
     assert trak.checkpoint_counts(7) == (1, 2, 5, 7)
