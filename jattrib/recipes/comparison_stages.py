@@ -186,13 +186,14 @@ def measure(
     held_out = truths.expected_held_out
     expected = _choose(candidates, held_out.masks, held_out.outputs.mean(axis=1))
     fixed = _choose(candidates, truths.fixed_held_out.masks, truths.fixed_held_out.outputs)
-    found = Measured(
-        method=method,
-        expected=lds.lds_expected(candidates[expected], truths.expected.masks, truths.expected.outputs, key=key),
-        fixed=lds.lds_fixed(candidates[fixed], truths.fixed.masks, truths.fixed.outputs, key=key),
-        expected_choice=expected if len(candidates) > 1 else None,
-        fixed_choice=fixed if len(candidates) > 1 else None,
-    )
+    with experiment.naming(method.title):
+        found = Measured(
+            method=method,
+            expected=lds.lds_expected(candidates[expected], truths.expected.masks, truths.expected.outputs, key=key),
+            fixed=lds.lds_fixed(candidates[fixed], truths.fixed.masks, truths.fixed.outputs, key=key),
+            expected_choice=expected if len(candidates) > 1 else None,
+            fixed_choice=fixed if len(candidates) > 1 else None,
+        )
     return found, candidates[fixed]
 
 
@@ -266,8 +267,6 @@ def _choose(candidates: Candidates, masks: Bool[np.ndarray, "m n"], actual: Floa
 def by_choice(
     candidates: Candidates, masks: Bool[np.ndarray, "m n"], actual: Float[np.ndarray, "m q"]
 ) -> dict[float, float]:
-    """Return the LDS of each candidate on models that choices are made on."""
-    return {
-        choice: float(np.nanmean(spearman(lds.predict(scores, masks), actual).values))
-        for choice, scores in candidates.items()
-    }
+    """Return the LDS of each candidate on models that choices are made on; −1, the least, where it predicts nothing."""
+    found = {choice: spearman(lds.predict(scores, masks), actual) for choice, scores in candidates.items()}
+    return {choice: -1.0 if each.constant.all() else float(np.nanmean(each.values)) for choice, each in found.items()}

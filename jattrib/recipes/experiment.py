@@ -3,7 +3,8 @@
 A recipe's config extends `Config`; every function here takes one, and stages of the same name are the same for all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -292,6 +293,15 @@ def similarity(task: Task) -> Float[np.ndarray, "n q"]:
     train, queries = (each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), tiny) for each in (train, queries))
     same = task.train.labels[:, None] == task.queries.labels[None, :]
     return (train @ queries.T) * np.where(same, np.float32(1), np.float32(-1))
+
+
+@contextmanager
+def naming(title: str) -> Iterator[None]:
+    """Say of what is refused within that it is of the attributor called `title`: a run has many."""
+    try:
+        yield
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{title}: {error.got}", expected=error.expected, remedy=error.remedy) from error
 
 
 def leave_out(config: Config, task: Task, scores: Float[np.ndarray, "n q"], folder: Path) -> LeftOut:

@@ -119,6 +119,18 @@ def test_choices_are_made_on_held_out_models_and_measured_on_others():
     assert (alone.expected_choice, alone.fixed_choice) == (None, None)
 
 
+def test_scores_that_are_all_zero_are_not_chosen_and_are_refused_by_name():
+    """As those of a difference of means are where a threshold leaves nothing."""
+    task = Task(*[None] * 6, keys={"statistics": jax.random.key(0)}, identity={})
+    method, some, none = Attributor("lasso", "LASSO", lambda _: {}), np.zeros((30, 4)), np.zeros((30, 4))
+    held_out = truths().expected_held_out
+    some[:15] = 1e-3 * np.linalg.lstsq(held_out.masks[:, :15] - 0.5, held_out.outputs.mean(axis=1))[0]
+    measured, _ = comparison_stages.measure(task, truths(), method, {4.0: none, 0.0: some})
+    assert measured.expected_choice == 0.0
+    with pytest.raises(InvalidInputError, match=r"^LASSO: predictions or outputs that are the same for all models"):
+        comparison_stages.measure(task, truths(), method, {0.0: none})
+
+
 def test_cost_counts_models_by_their_part_and_replays_by_their_time():
     task = Task(*[None] * 6, keys={"statistics": jax.random.key(0)}, identity={})
     method = Attributor("a", "A", lambda _: {}, subset_models=10, runs=1, features=10)
