@@ -106,6 +106,8 @@ def line_with_band(
     for row, (middle, bottom, top) in enumerate(zip(*map(np.atleast_2d, (mean, low, high)), strict=True)):
         colour = SERIES[row % len(SERIES)]
         axes.fill_between(x, bottom, top, color=colour, alpha=0.18, linewidth=0)
+        if len(x) == 1:  # a band without width
+            axes.vlines(x, bottom, top, color=colour, alpha=0.5, linewidth=1.4)
         dashed = "--" if row >= len(SERIES) else "-"  # colours come again then
         axes.plot(
             x, middle, dashed, color=colour, marker="o", markersize=4.5, label=_literal(names[row]) if names else None

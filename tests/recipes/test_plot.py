@@ -7,6 +7,7 @@ import sys
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
@@ -138,6 +139,13 @@ def test_one_line_needs_no_name_and_may_be_flat():
     figure = plot.line_with_band(X, np.zeros(4), np.zeros(4), np.zeros(4), labels=LABELS)
     assert len(figure.axes[0].get_lines()) == 1
     assert not figure.axes[0].texts
+
+
+def test_one_point_has_its_interval_as_a_bar():
+    ones = np.ones((2, 1))
+    (axes,) = plot.line_with_band(X[:1], ones, ones - [[0.5], [0.2]], ones + 1, labels=LABELS, names=("a", "b")).axes
+    bars = [part.get_segments()[0] for part in axes.collections if isinstance(part, LineCollection)]
+    np.testing.assert_array_equal(bars, [[[1, 0.5], [1, 2]], [[1, 0.8], [1, 2]]])
 
 
 def test_a_scatter_carries_points_and_their_least_squares_line():
