@@ -173,6 +173,7 @@ def scatter_predicted_actual(
         ends = np.array([predicted.min(), predicted.max()])
         axes.plot(ends, slope * ends + intercept, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
     if note:
+        axes.margins(y=0.12)  # room for it above the highest point
         axes.text(0.02, 0.98, _literal(note), transform=axes.transAxes, va="top", color=INK, fontweight="bold")
     return figure
 

@@ -148,6 +148,15 @@ def test_one_point_has_its_interval_as_a_bar():
     np.testing.assert_array_equal(bars, [[[1, 0.5], [1, 2]], [[1, 0.8], [1, 2]]])
 
 
+@pytest.mark.parametrize("actual", [[3.0, 2.0, 1.0], [1.0, 1.0, 1.0], [3.0, 3.0, -90.0]])
+def test_the_note_of_a_scatter_lies_on_no_point(actual):
+    figure = plot.scatter_predicted_actual(np.arange(3.0), np.array(actual), labels=LABELS, note="ρ = −.95")
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    highest = axes.transData.transform((0, max(actual)))[1]
+    assert axes.texts[0].get_window_extent().y0 > highest + 3 * plot.DPI / 72  # a point's radius
+
+
 def test_a_scatter_carries_points_and_their_least_squares_line():
     predicted = np.array([0.0, 1.0, 2.0, 3.0])
     actual = np.array([1.0, 2.0, 2.0, 5.0])
