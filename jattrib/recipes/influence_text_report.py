@@ -207,10 +207,10 @@ def _report(results: Results, pictures: dict[str, report.Picture]) -> report.Rep
         method=(
             f"A decoder in the style of {config.model.style}, {config.model.layers} layers of width "
             f"{config.model.width}, learns {len(task.train.labels):,} passages character by character: "
-            f"{config.training.epochs} epochs of batches of {config.training.batch_size}. The output is a passage's "
-            "mean log-likelihood a character. EK-FAC has every layer, embeddings included; LoGra the linear layers, "
-            f"{config.method.rank} features a side, kept on disk. A character's part of a score is the derivative of "
-            "its own loss along the query's direction: parts add up to the score.",
+            f"{report.counted(config.training.epochs, 'epoch')} of batches of {config.training.batch_size}. The output "
+            "is a passage's mean log-likelihood a character. EK-FAC has every layer, embeddings included; LoGra the "
+            f"linear layers, {config.method.rank} features a side, kept on disk. A character's part of a score is the "
+            "derivative of its own loss along the query's direction: parts add up to the score.",
             f"LDS of the one run: mean over {len(task.queries.labels)} queries of Spearman's ρ between summed scores "
             f"and log-likelihoods over {config.method.subsets} random subsets; initialisation and order stay, and what "
             "is left out weighs nothing; 95% bootstrap intervals over queries and models together. Dampings were "

@@ -181,8 +181,8 @@ def _lead(results: Results) -> str:
         regained = f"Descent on the images' weights brings back {part} of the accuracy that {wrong} took."
     return (
         f"The scores predict what this very run does without a random {report.percent(fraction)} of its images with a "
-        f"linear datamodeling score of {found.mean:.3f} ({found.low:.3f} to {found.high:.3f}); {cost.queries} queries "
-        f"cost {cost.metagradient / cost.training:.1f} trainings. {regained}"
+        f"linear datamodeling score of {found.mean:.3f} ({found.low:.3f} to {found.high:.3f}); the cost of "
+        f"{report.counted(cost.queries, 'query')} is {cost.metagradient / cost.training:.1f} trainings. {regained}"
     )
 
 
@@ -210,8 +210,8 @@ def _key_figures(results: Results) -> tuple[report.KeyFigure, ...]:
         figure("LDS, expected outputs", expected.mean, expected.low, expected.high, "random halves, over seeds"),
         figure("Its noise ceiling", fidelity.ceiling.value, meaning="what perfect scores would reach there"),
         figure(
-            f"Trainings for {results.cost.queries} queries", results.cost.metagradient / results.cost.training,
-            meaning="one replay for all of them",
+            f"Trainings for {report.counted(results.cost.queries, 'query')}",
+            results.cost.metagradient / results.cost.training, meaning="one replay for all of them",
         ),
         figure("Growth of the derivative", results.found.info.growth, meaning="towards the start of training"),
         figure("Accuracy, right labels", results.descent.clean, meaning="on test images that nothing else used"),
@@ -228,8 +228,8 @@ def _key_figures(results: Results) -> tuple[report.KeyFigure, ...]:
 def _method(results: Results) -> tuple[str, ...]:
     config, task, descent = results.config, results.task, results.config.descent
     return (
-        f"One run on {len(task.train.labels):,} images, {config.training.epochs} epochs of batches of "
-        f"{config.training.batch_size}. Its metagradient for {len(task.queries.labels)} test images is exact "
+        f"One run on {len(task.train.labels):,} images, {report.counted(config.training.epochs, 'epoch')} of batches "
+        f"of {config.training.batch_size}. Its metagradient for {len(task.queries.labels)} test images is exact "
         "reverse-mode differentiation through all of its steps.",
         f"LDS of the one run: {config.method.subsets} random subsets for each fraction; initialisation and order stay, "
         "and what is left out weighs nothing. Mean over queries of Spearman's ρ, 95% bootstrap intervals over queries "
@@ -237,11 +237,12 @@ def _method(results: Results) -> tuple[str, ...]:
         f"LDS against expected outputs, another quantity: {config.evaluation.subsets} random subsets of "
         f"{report.percent(config.evaluation.alpha)}, {config.evaluation.seeds} seeds each.",
         f"Cost: seconds of a metagradient over seconds of the same training, both compiled, on {rundir.device()}.",
-        f"Descent: {report.percent(descent.flipped)} of the labels are moved to a random other class; {descent.steps} "
-        f"steps along the metagradient of the mean {descent.objective} on {descent.validation:,} validation images, "
-        f"over {descent.runs} short runs, each step of a root mean square of {descent.rate:g}. Accuracies are those of "
-        f"{descent.training.epochs} epochs at a rate of {descent.training.learning_rate:g}; all settings were chosen "
-        "at other seeds.",
+        f"Descent: {report.percent(descent.flipped)} of the labels are moved to a random other class; "
+        f"{report.counted(descent.steps, 'step')} along the metagradient of the mean {descent.objective} on "
+        f"{descent.validation:,} validation images, over {report.counted(descent.runs, 'short run')}, each step of a "
+        f"root mean square of {descent.rate:g}. Accuracies are those of "
+        f"{report.counted(descent.training.epochs, 'epoch')} at a rate of {descent.training.learning_rate:g}; all "
+        "settings were chosen at other seeds.",
     )
 
 

@@ -146,7 +146,9 @@ def _report(results: Results, pictures: list[report.Picture]) -> report.Report:
         figures=(
             figure("Relative error of predicted changes", found.error, meaning="1 is that of predicting none"),
             figure("Loss of the queries", -float(np.mean(info.values)), meaning="nats a character"),
-            figure(f"Trainings for {cost.queries} queries", ratio, meaning="one replay for all of them"),
+            figure(
+                f"Trainings for {report.counted(cost.queries, 'query')}", ratio, meaning="one replay for all of them"
+            ),
             figure("Growth of the derivative", info.growth, meaning="towards the start of training"),
         ),
         sections=(
@@ -155,9 +157,10 @@ def _report(results: Results, pictures: list[report.Picture]) -> report.Report:
         ),
         method=(
             f"A decoder in the style of {config.model.style}, {config.model.layers} layers of width "
-            f"{config.model.width}, learns passages character by character: {config.training.epochs} epochs of batches "
-            f"of {config.training.batch_size}. The output is a passage's mean log-likelihood a character; its "
-            "metagradient is exact reverse-mode differentiation through all steps.",
+            f"{config.model.width}, learns passages character by character: "
+            f"{report.counted(config.training.epochs, 'epoch')} of batches of {config.training.batch_size}. The output "
+            "is a passage's mean log-likelihood a character; its metagradient is exact reverse-mode differentiation "
+            "through all steps.",
             f"LDS of the one run: {config.method.subsets} random subsets; initialisation and order stay, and what is "
             "left out weighs nothing. Mean over queries of Spearman's ρ, 95% bootstrap interval over queries and "
             "models together.",

@@ -197,6 +197,12 @@ def number(value: float | int | str | np.generic) -> str:
     return f"{plain:z,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
+def counted(number: int, name: str) -> str:
+    """Return a number of things, one of them in the singular; `name` is what one is called."""
+    plural = f"{name[:-1]}ies" if name.endswith("y") else f"{name}s"
+    return f"{number:,} {name if number == 1 else plural}"
+
+
 def percent(part: float) -> str:
     """Return a part as a reader wants it, in percent: three digits, and none that say nothing."""
     return f"{100 * part:.3g}%"

@@ -213,7 +213,7 @@ def _lead(results: Results) -> str:
         else f"does not lower a query's margin measurably more ({fall.low:.2f} to {fall.high:.2f}) than leaving out"
     )
     return (
-        f"TRAK with {found.counts[-1]} checkpoints predicts retrained models {verdict}. "
+        f"TRAK with {report.counted(found.counts[-1], 'checkpoint')} predicts retrained models {verdict}. "
         f"Leaving out the {images} images that it calls most helpful {causal} {images} random ones."
     )
 
@@ -221,7 +221,7 @@ def _lead(results: Results) -> str:
 def _headlines(results: Results) -> tuple[report.KeyFigure, ...]:
     best, difference = results.found.by_checkpoints[-1], results.left_out.effect.difference
     return (
-        report.KeyFigure("LDS", best.mean, best.low, best.high, f"{results.found.counts[-1]} checkpoints"),
+        report.KeyFigure("LDS", best.mean, best.low, best.high, report.counted(results.found.counts[-1], "checkpoint")),
         report.KeyFigure("Noise ceiling", results.found.ceiling.value, meaning="what perfect scores would reach"),
         report.KeyFigure(
             "Margin lost", difference.value, difference.low, difference.high, "beyond random removal", "nats"
@@ -262,9 +262,10 @@ def _method(results: Results) -> tuple[str, ...]:
     measured = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in task.measured.items())
     why = f"the fastest of a short measurement ({measured})" if measured else "as the configuration says"
     return (
-        f"{method.checkpoints} checkpoints, each trained on a random {report.percent(evaluation.alpha)} of "
-        f"{len(task.train.labels):,} images. The gradients of margins are projected to {method.dim:,} features "
-        f"({method.projection}); checkpoints are combined as {method.combination.replace('_', ' ')}.",
+        f"{report.counted(method.checkpoints, 'checkpoint')}, each trained on a random "
+        f"{report.percent(evaluation.alpha)} of {len(task.train.labels):,} images. The gradients of margins are "
+        f"projected to {method.dim:,} features ({method.projection}); checkpoints are combined as "
+        f"{method.combination.replace('_', ' ')}.",
         f"LDS: mean over {len(task.queries.labels)} queries of Spearman's ρ between summed scores and expected margins "
         f"over {evaluation.subsets} random subsets, {evaluation.seeds} seeds each; 95% bootstrap intervals over "
         "queries and models together. The ridge was chosen on other models.",

@@ -183,6 +183,14 @@ def test_parts_are_shown_in_percent_however_small(part, shown):
 
 
 @pytest.mark.parametrize(
+    ("number", "name", "shown"),
+    [(1, "query", "1 query"), (2, "query", "2 queries"), (1000, "epoch", "1,000 epochs"), (0, "run", "0 runs")],
+)
+def test_one_thing_is_in_the_singular(number, name, shown):
+    assert report.counted(number, name) == shown
+
+
+@pytest.mark.parametrize(
     ("seconds", "shown"),
     [(3.14, "3.1 s"), (59.4, "59 s"), (60.0, "1 min 0 s"), (3599.6, "1 h 0 min"), (5400.0, "1 h 30 min")],
 )
