@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -259,8 +260,11 @@ def npz(path: str | Path, *, inputs: str = "inputs", labels: str = "labels", cla
     except InvalidInputError:
         raise
     except Exception as error:  # zip, pickle and format errors of many types
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        if not isinstance(error, OSError) and not zipfile.is_zipfile(path):
+            reason = "not an NPZ file"  # NumPy takes it for a pickle, and says how to load that
         raise StoreError(
-            f"{path}: {error}",
+            f"{path}: {reason}",
             expected="a readable NPZ file of plain arrays",
             remedy="check the path, or write the file again",
         ) from error

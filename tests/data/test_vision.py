@@ -227,8 +227,11 @@ def test_npz_refuses_unsound_arrays(tmp_path, arrays, message):
 
 
 def test_npz_refuses_files_that_are_none(tmp_path):
-    with pytest.raises(StoreError, match="a readable NPZ file"):
+    with pytest.raises(StoreError, match=r"missing\.npz: No such file or directory\n.*a readable NPZ file"):
         vision.npz(tmp_path / "missing.npz")
+    (tmp_path / "t.npz").write_text("1 2 3\n")
+    with pytest.raises(StoreError, match=r"t\.npz: not an NPZ file\n"):
+        vision.npz(tmp_path / "t.npz")
     (tmp_path / "a.npz").write_bytes(b"PK\3\4 cut off")
     with pytest.raises(StoreError, match=r"a\.npz"):
         vision.npz(tmp_path / "a.npz")
