@@ -267,6 +267,12 @@ def _choose(candidates: Candidates, masks: Bool[np.ndarray, "m n"], actual: Floa
 def by_choice(
     candidates: Candidates, masks: Bool[np.ndarray, "m n"], actual: Float[np.ndarray, "m q"]
 ) -> dict[float, float]:
-    """Return the LDS of each candidate on models that choices are made on; −1, the least, where it predicts nothing."""
+    """Return the LDS of each candidate on models that choices are made on.
+
+    A query of which it predicts nothing counts as 0; a candidate that predicts nothing at all has −1, the least.
+    """
     found = {choice: spearman(lds.predict(scores, masks), actual) for choice, scores in candidates.items()}
-    return {choice: -1.0 if each.constant.all() else float(np.nanmean(each.values)) for choice, each in found.items()}
+    return {
+        choice: -1.0 if each.constant.all() else float(np.mean(np.where(each.constant, 0, each.values)))
+        for choice, each in found.items()
+    }

@@ -131,6 +131,16 @@ def test_scores_that_are_all_zero_are_not_chosen_and_are_refused_by_name():
         comparison_stages.measure(task, truths(), method, {0.0: none})
 
 
+def test_a_query_of_which_nothing_is_predicted_counts_as_zero():
+    """Or a threshold that leaves one query's scores, the best, would be chosen for all queries."""
+    truth = truths().expected_held_out
+    outputs = truth.outputs.mean(axis=1)
+    some = np.linalg.lstsq(truth.masks - 0.5, outputs)[0]  # predicts them all
+    half = np.where(np.arange(4) < 2, some, 0)
+    found = comparison_stages.by_choice({0.0: some, 2.0: half, 4.0: 0 * some}, truth.masks, outputs)
+    assert found == pytest.approx({0.0: 1.0, 2.0: 0.5, 4.0: -1.0})
+
+
 def test_cost_counts_models_by_their_part_and_replays_by_their_time():
     task = Task(*[None] * 6, keys={"statistics": jax.random.key(0)}, identity={})
     method = Attributor("a", "A", lambda _: {}, subset_models=10, runs=1, features=10)
