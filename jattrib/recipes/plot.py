@@ -421,8 +421,8 @@ def _show(figure: Figure, thumbnail: Thumbnail, place: tuple[float, float, float
 def _reference(axes: Axes, name: str, value: float, *, lift: float = 0.0) -> None:
     axes.axhline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1)
     axes.annotate(
-        _literal(name), (0, value), (2, 3 + lift), xycoords=("axes fraction", "data"), textcoords="offset points", color=MUTED,
-        fontsize=8.5,
+        _literal(name), (0, value), (2, 3 + lift), xycoords=("axes fraction", "data"), textcoords="offset points",
+        color=MUTED, fontsize=8.5,
     )  # fmt: skip
 
 
