@@ -44,7 +44,7 @@ def margin(logits: Float[Array, " c"], label: Integer[Array, ""]) -> Float[Array
     relative = logits - jnp.where(jnp.isfinite(top), top, 0)
     others = jnp.sum(jnp.where(own, 0, jnp.exp(jnp.where(own, 0, relative))))
     # Where all others are masked, at −∞, the logarithm is kept off zero, where its gradient is NaN.
-    masked = others == 0
+    masked = jax.lax.stop_gradient(others) == 0
     return jnp.sum(jnp.where(own, relative, 0)) - jnp.where(masked, -jnp.inf, jnp.log(jnp.where(masked, 1, others)))
 
 
@@ -67,7 +67,8 @@ def cross_entropy(logits: Float[Array, " c"], label: Integer[Array, ""]) -> Floa
     """
     value = margin(logits, label)
     # Where all other classes are masked it is infinite, where softplus has a curvature of NaN.
-    return jax.nn.softplus(-jnp.where(value == jnp.inf, jnp.finfo(value.dtype).max, value))
+    masked = jax.lax.stop_gradient(value) == jnp.inf
+    return jax.nn.softplus(-jnp.where(masked, jnp.finfo(value.dtype).max, value))
 
 
 def token_losses(logits: Float[Array, "t c"], labels: Integer[Array, " t"]) -> Float[Array, " t"]:
