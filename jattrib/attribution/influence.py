@@ -26,7 +26,7 @@ from jattrib.core import stream, tree
 from jattrib.core.errors import InvalidInputError
 from jattrib.core.types import Batch, Example, OutputFn, Params, Source
 from jattrib.grads import inner, taps
-from jattrib.grads.per_example import per_example
+from jattrib.grads.per_example import check_floating, per_example
 from jattrib.grads.taps import Layers
 
 Vectors = Params
@@ -279,11 +279,10 @@ def _find(output: OutputFn, params: Params, source: Source) -> Layers | None:
     example = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), source.take(np.zeros(1, np.int64))
     )
+    check_floating(params)
     try:
         return taps.find(output, params, example)
     except InvalidInputError:
-        if not all(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in jax.tree.leaves(params)):
-            raise
         value = jax.eval_shape(output, params, example)
         number = isinstance(value, jax.ShapeDtypeStruct) and not value.shape
         if not number or not jnp.issubdtype(value.dtype, jnp.floating):

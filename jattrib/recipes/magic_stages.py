@@ -164,9 +164,9 @@ def check(config: Config) -> None:
     Raises:
         InvalidInputError: more are asked for than there are, or those that descent is held against do not fit.
     """
-    check_cost(config, config.method)
-    train, _ = build.load_data(config.data)
-    _, held = build.load_data(config.descent.heldout or config.data)
+    train, test = build.load_data(config.data)
+    check_cost(config.method, len(test.labels))
+    held = test if config.descent.heldout is None else build.load_data(config.descent.heldout)[1]
     if held.inputs.shape[1:] != train.inputs.shape[1:] or held.labels.max() > train.labels.max():
         raise InvalidInputError(
             f"descent.heldout with images of {held.inputs.shape[1:]} and {held.labels.max() + 1} classes",
@@ -176,13 +176,12 @@ def check(config: Config) -> None:
     _check_most("descent.validation", config.descent.validation, len(held.labels) - 1, len(held.labels))
 
 
-def check_cost(config: experiment.Config, method: Method) -> None:
-    """Refuse to measure the cost for more queries than there are.
+def check_cost(method: Method, count: int) -> None:
+    """Refuse to measure the cost for more queries than the `count` that there are.
 
     Raises:
         InvalidInputError: it is asked for.
     """
-    count = len(build.load_data(config.data)[1].labels)
     _check_most("method.cost_queries", method.cost_queries, count, count)
 
 

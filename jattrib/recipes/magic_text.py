@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from msgspec import Meta
 
 from jattrib.metrics import lds
+from jattrib.recipes import build, experiment, magic_stages, magic_text_report, rundir
 from jattrib.recipes import config as configs
-from jattrib.recipes import experiment, magic_stages, magic_text_report, rundir
 from jattrib.recipes.magic_text_report import Fidelity, Results
 
 
@@ -46,7 +46,7 @@ class Config(experiment.Config, frozen=True, tag_field="recipe", tag="magic_text
 def run(config: Config, directory: rundir.RunDir) -> None:
     """Differentiate, verify, measure the cost, and write pictures, report and summary."""
     task = experiment.prepare(config, directory)
-    magic_stages.check_cost(config, config.method)
+    magic_stages.check_cost(config.method, len(build.load_data(config.data)[1].labels))
     with rundir.stage(directory, "metagradient") as folder:
         found = magic_stages.attribute(config, task, folder, fraction=config.method.smoothness_fraction)
     truths = tuple(
